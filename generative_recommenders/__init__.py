@@ -1,0 +1,1 @@
+"""Sequential and generative recommenders: data, models, training, evaluation and use."""

@@ -1,0 +1,59 @@
+"""The one batch type, and the legend of shape suffixes used throughout.
+
+B users in a batch, T events of all of them laid end to end (jagged), N longest window, D model width, H heads,
+K top-k, L code levels, C codebook size, R negatives a token, X candidate items, V table rows (max item id + 1).
+`x_TD` is a tensor of T rows and D columns. Offsets are int64 (B + 1): row b owns `[offsets[b], offsets[b + 1])`.
+Item ids are int64 and 0 is padding everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Histories of B users, oldest event first, and the event that followed each of them.
+
+    `next_*_T` at a token is the event after it; at a row's last token it is the row's target. That pairing carries both
+    the supervision of every position and the time a prediction is asked for (the time of the event to predict).
+    """
+
+    item_ids_T: Tensor
+    ratings_T: Tensor
+    timestamps_T: Tensor
+    next_item_ids_T: Tensor
+    next_timestamps_T: Tensor
+    offsets: Tensor
+    user_ids_B: Tensor
+    target_ids_B: Tensor
+    target_ratings_B: Tensor
+    target_timestamps_B: Tensor
+    # Number of each row in the global batch of the step: randomness is keyed by it, so it does not depend on the ranks.
+    row_numbers_B: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.user_ids_B.numel()
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.offsets.diff()
+
+    def rows_T(self) -> Tensor:
+        """Row of each token, (T,)."""
+        return torch.repeat_interleave(
+            torch.arange(self.size, device=self.offsets.device), self.lengths_B, output_size=self.item_ids_T.numel()
+        )
+
+    def positions_T(self) -> Tensor:
+        """Place of each token in its row, oldest 0, (T,)."""
+        tokens = torch.arange(self.item_ids_T.numel(), device=self.offsets.device)
+        return tokens - self.offsets[:-1].repeat_interleave(self.lengths_B, output_size=tokens.numel())
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        return SequenceBatch(**moved)

@@ -1,0 +1,1 @@
+"""Raw files to prepared data, and prepared data to batches."""

@@ -1,0 +1,142 @@
+"""A prepared dataset in memory: the flat event arrays of `sequences.parquet` and the catalogue of `items.parquet`.
+
+An Arrow list column is offsets and values; both are kept as they are and every batch is a slice of them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from generative_recommenders.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What can be recommended: ids ascending, (X,), with raw ids and, where known, titles in the same order."""
+
+    item_ids: Tensor
+    raw_ids: list[str]
+    titles: list[str | None]
+
+    def __len__(self) -> int:
+        return self.item_ids.numel()
+
+    @property
+    def max_item_id(self) -> int:
+        return int(self.item_ids[-1])
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """Events of all users laid end to end, oldest first within a user; E events, U users."""
+
+    name: str
+    folder: Path
+    offsets: Tensor
+    item_ids_E: Tensor
+    ratings_E: Tensor
+    timestamps_E: Tensor
+    user_ids_U: Tensor
+    catalog: Catalog
+    metadata: dict[str, object]
+
+    @property
+    def num_users(self) -> int:
+        return self.user_ids_U.numel()
+
+    @property
+    def lengths_U(self) -> Tensor:
+        return self.offsets.diff()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the catalogue and events a model was trained on: name, counts and a checksum of the events."""
+        parts = (self.item_ids_E.numel(), self.num_users, len(self.catalog), self.catalog.max_item_id)
+        weights = torch.arange(1, self.item_ids_E.numel() + 1, dtype=torch.int64)
+        checksum = int((self.item_ids_E * weights).sum() & 0xFFFFFFFF)
+        return f"{self.name}:{':'.join(map(str, parts))}:{checksum:08x}"
+
+    @classmethod
+    def load(cls, data_dir: str | Path, name: str) -> PreparedDataset:
+        """Read `<data_dir>/<name>/`.
+
+        Raises:
+            DataError: the folder is missing or incomplete, or an event refers to an item that is not in the catalogue.
+        """
+        folder = Path(data_dir) / name
+        paths = [folder / f for f in ("sequences.parquet", "items.parquet", "dataset.json")]
+        missing = next((p for p in paths if not p.exists()), None)
+        if missing is not None:
+            raise DataError(
+                f"dataset {name!r}: {missing} not found, expected a prepared dataset; "
+                f"try python preprocess_public_data.py --dataset={name} --data_dir={data_dir}"
+            )
+        try:
+            sequences = pq.read_table(paths[0], columns=["user_id", "item_ids", "ratings", "timestamps"])
+            metadata = json.loads(paths[2].read_text())
+        except (pa.ArrowException, OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise DataError(f"dataset {name!r}: cannot read {folder}: {first}; try preparing it again with --force") from error
+        offsets, item_ids = _list_column(sequences, "item_ids", torch.int64)
+        _, ratings = _list_column(sequences, "ratings", torch.float32)
+        _, timestamps = _list_column(sequences, "timestamps", torch.int64)
+        catalog = read_catalog(paths[1])
+        _check(name, offsets, item_ids, ratings, timestamps, catalog)
+        users = _tensor(sequences.column("user_id").to_numpy(), torch.int64)
+        return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata)
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def _list_column(table: pa.Table, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    column = table.column(name).combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    offsets = _tensor(array.offsets.to_numpy(), torch.int64)
+    # `flatten` honours a sliced array; `values` would not.
+    return offsets - offsets[0], _tensor(array.flatten().to_numpy(zero_copy_only=False), dtype)
+
+
+def read_catalog(path: Path) -> Catalog:
+    """The catalogue of an `items.parquet`.
+
+    Raises:
+        DataError: the file is missing, unreadable or not ascending in `item_id`.
+    """
+    try:
+        columns = set(pq.read_schema(path).names) & {"item_id", "raw_id", "title"}
+        items = pq.read_table(path, columns=sorted(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; try preparing the dataset again") from error
+    titles = items.column("title").to_pylist() if "title" in columns else [None] * items.num_rows
+    ids = _tensor(items.column("item_id").to_numpy(), torch.int64)
+    if ids.numel() == 0 or int(ids[0]) < 1 or not bool((ids.diff() > 0).all()):
+        raise DataError(f"{path}: item_id must be ascending, unique and at least 1; try preparing the dataset again")
+    return Catalog(item_ids=ids, raw_ids=[str(x) for x in items.column("raw_id").to_pylist()], titles=titles)
+
+
+def _check(name: str, offsets: Tensor, item_ids: Tensor, ratings: Tensor, timestamps: Tensor, catalog: Catalog) -> None:
+    if item_ids.numel() == 0:
+        raise DataError(f"dataset {name!r}: got no events, expected at least one; try preparing it again")
+    if not (item_ids.numel() == ratings.numel() == timestamps.numel() == int(offsets[-1])):
+        raise DataError(
+            f"dataset {name!r}: list columns differ in length ({item_ids.numel()} item_ids, {ratings.numel()} ratings, "
+            f"{timestamps.numel()} timestamps), expected equal; try preparing it again"
+        )
+    position = torch.searchsorted(catalog.item_ids, item_ids).clamp_(max=len(catalog) - 1)
+    unknown = (catalog.item_ids[position] != item_ids).nonzero()
+    if unknown.numel():
+        event = int(unknown[0])
+        row = int(torch.searchsorted(offsets, event, right=True)) - 1
+        raise DataError(
+            f"dataset {name!r}: sequences.parquet row {row} holds item {int(item_ids[event])}, which items.parquet lacks"
+        )

@@ -1,0 +1,106 @@
+"""Download of large public files: progress, resume, retries; the target is whole or absent."""
+
+import http.client
+import logging
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from generative_recommenders.data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 18
+_RETRIED_STATUSES = (408, 416, 429, 500, 502, 503, 504)
+
+
+class _Refused(Exception):
+    """The server's answer will not change: another attempt is pointless."""
+
+
+def download(
+    urls: Sequence[str],
+    target: Path,
+    *,
+    attempts: int = 4,
+    timeout: float = 20.0,
+    pause: float = 1.0,
+    progress: bool = True,
+) -> None:
+    """Fetch the first of `urls` that answers into `target`.
+
+    Bytes go to `<target>.part`, which a later call continues (HTTP Range) and which is renamed only when the announced
+    length has arrived.
+
+    Args:
+        attempts: tries for each url; each continues where the one before stopped.
+        timeout: seconds without a byte before a try is given up.
+        pause: seconds before the second try, doubled for each further one.
+    Raises:
+        DataError: no url delivered the whole file, or it cannot be written.
+    """
+    part = target.with_name(target.name + ".part")
+    failures: list[str] = []
+    for url in urls:
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(pause * 2 ** (attempt - 1))
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _continue(url, part, timeout, progress)
+                part.replace(target)
+                return
+            except _Refused as error:
+                failures.append(f"{url}: {error}")
+                break
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                logger.info("download of %s, attempt %d of %d: %s", url, attempt + 1, attempts, error)
+                if attempt == attempts - 1:
+                    failures.append(f"{url}: {error} after {attempts} attempts")
+            except OSError as error:
+                raise DataError(f"{part}: cannot write the download ({error}); free space or change --data_dir") from error
+        # Another address may serve another file: never continue one with the other.
+        if url != urls[-1]:
+            part.unlink(missing_ok=True)
+    raise DataError(f"download failed: {'; '.join(failures)}; fetch the file by other means and name it with --raw=FILE")
+
+
+def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
+    """One try: append what is missing to `part`, or start over where the server cannot continue."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            # The part is as long as the file or longer; only the next try, from zero, can tell which.
+            part.unlink()
+        if error.code not in _RETRIED_STATUSES:
+            raise _Refused(f"HTTP status {error.code} {error.reason}") from error
+        raise
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, socket.gaierror):
+            raise _Refused(f"host not found ({error.reason})") from error
+        raise
+    with response:
+        if response.status != 206:
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length is not None else None
+        with (
+            part.open("ab" if have else "wb") as file,
+            tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None if progress else True
+            ) as bar,
+        ):
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+    received = part.stat().st_size
+    if total is not None and received != total:
+        raise ConnectionError(f"connection closed after {received} of {total} bytes")

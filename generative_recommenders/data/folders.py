@@ -1,0 +1,73 @@
+"""Folders that appear complete or not at all.
+
+Content is written into `<folder>.partial-<pid>`, which then takes the folder's name by one rename. Where an older folder
+is in the way Linux exchanges the two names in one step, so that a process killed at any moment leaves one of them.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from generative_recommenders.data.errors import DataError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into; it takes the place of `folder` when the block ends well, and goes away otherwise.
+
+    Raises:
+        DataError: the disk is full or the place cannot be written; the message names path and free space.
+    """
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        _replace(partial, folder)
+    except OSError as error:
+        raise DataError(write_failure(partial, error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_failure(path: Path, error: OSError) -> str:
+    """One line for an `OSError` on writing `path`: reason, free space, what to do."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free / 1e6
+    advice = "free some space" if error.errno == errno.ENOSPC else "check that the folder may be written"
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return f"{path}: cannot write ({reason}), {free:,.0f} MB free; {advice} or choose another --data_dir"
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; what was there ends up at `new`."""
+    if not target.exists():
+        new.rename(target)
+        return
+    if sys.platform == "linux" and _exchange(new, target):
+        return
+    # Two renames, the first undone if the second fails.
+    old = new.with_name(f"{new.name}-old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    old.rename(new)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    at_cwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0)

@@ -1,0 +1,243 @@
+"""Events of a source to prepared data: `sequences.parquet`, `items.parquet`, `dataset.json`, one folder a dataset.
+
+Events are grouped by user and ordered by time; equal times keep the order of the source file. (The published
+preprocessing orders them with an unstable sort, which leaves the order of ties to the NumPy version.) Grouping is one
+stable sort of a combined key, and the list columns are built from offsets and values: no loop over users.
+
+The folder appears whole or not at all (`folders.whole_folder`).
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.folders import whole_folder
+from generative_recommenders.data.raw_files import RawFiles
+from generative_recommenders.data.sources import RawEvents, Source
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+SEQUENCES_FILE = "sequences.parquet"
+ITEMS_FILE = "items.parquet"
+METADATA_FILE = "dataset.json"
+CSV_FILE = "sasrec_format.csv"
+SPLIT = "leave_one_out"
+# Leave-one-out takes an event for test and one for valid; training needs at least one more.
+MIN_EVENTS = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared dataset: its folder, the content of dataset.json, and whether this call wrote it."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    written: bool
+
+
+def prepare(
+    source: Source,
+    *,
+    raw: Path | None = None,
+    data_dir: Path = Path("tmp"),
+    name: str | None = None,
+    csv: bool = False,
+    force: bool = False,
+    command: str = "",
+) -> Prepared:
+    """Read `source`, check it, and write `<data_dir>/<name>`.
+
+    A folder that already holds the same version, options and source files is left alone unless `force`.
+
+    Args:
+        raw: raw file or folder; None downloads into `data_dir`.
+        name: folder and dataset name; the source's by default.
+        csv: also write `sasrec_format.csv`.
+        command: recorded in dataset.json.
+    Raises:
+        DataError: raw files are missing, damaged or not as expected, or the result cannot be written. The folder is
+            then as it was before the call.
+    """
+    name = name or source.name
+    folder = data_dir / name
+    files: RawFiles | None = None
+    if source.needs_files:
+        files = RawFiles(raw if raw is not None else source.fetch(data_dir), source.sha256)
+    elif raw is not None:
+        raise DataError(f"--raw: dataset {name!r} is generated and reads no file; leave --raw out")
+    current = None if force else _current(folder, source, files, csv)
+    if current is not None:
+        return Prepared(folder, current, written=False)
+
+    events = source.read(files)
+    items = events.items
+    sequences = sequences_table(events)
+    _check_events(name, events, sequences)
+    counts = _counts(events, sequences)
+    max_item_id = int(pc.max(items["item_id"]).as_py())
+    _check_expected(name, source.expected_counts, {**counts, "max_item_id": max_item_id})
+    short = counts["users_with_fewer_than_3_events"]
+    if short:
+        logger.info("%s: %d of %d users have fewer than %d events", name, short, counts["users"], MIN_EVENTS)
+    metadata = {
+        "name": name,
+        "version": VERSION,
+        "source": files.path.name if files else source.name,
+        "checksum": {member: f"sha256:{digest}" for member, digest in files.checksums.items()} if files else {},
+        "options": source.options,
+        "counts": counts,
+        "max_item_id": max_item_id,
+        "split": SPLIT,
+        "command": command,
+        **events.facts,
+    }
+    _write(folder, sequences, items, metadata, source.csv_id_shift if csv else None)
+    return Prepared(folder, metadata, written=True)
+
+
+def user_order(user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
+    """int64 (E,): the permutation that sorts events by user, then time, ties in the given order."""
+    user_low, time_low = int(user_ids.min()), int(timestamps.min())
+    user_bits = (int(user_ids.max()) - user_low).bit_length()
+    time_bits = (int(timestamps.max()) - time_low).bit_length()
+    if user_bits + time_bits > 62:
+        return np.lexsort((timestamps, user_ids))
+    # One integer key sorts several times faster than two.
+    key = ((user_ids - user_low) << time_bits) | (timestamps - time_low)
+    return np.argsort(key, kind="stable")
+
+
+def sequences_table(events: RawEvents) -> pa.Table:
+    """One row a user, sorted by user id: `user_id`, then list columns with the oldest event first, then user columns."""
+    order = user_order(events.user_ids, events.timestamps)
+    users = events.user_ids[order]
+    starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
+    user_ids = users[starts]
+    offsets = pa.array(np.append(starts, len(users)).astype(np.int32))
+
+    def lists(values: np.ndarray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(offsets, pa.array(values[order]))
+
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        "user_id": pa.array(user_ids),
+        "item_ids": lists(events.item_ids),
+        "ratings": lists(events.ratings),
+        "timestamps": lists(events.timestamps),
+    }
+    if events.users is not None:
+        rows = pc.index_in(pa.array(user_ids), events.users["user_id"].combine_chunks())
+        if rows.null_count:
+            missing = user_ids[int(np.argmax(rows.is_null().to_numpy(zero_copy_only=False)))]
+            raise DataError(f"user table: user {missing} has events but is not listed; use the complete files")
+        columns |= {name: events.users[name].take(rows) for name in events.users.column_names if name != "user_id"}
+    return pa.table(columns)
+
+
+def _current(folder: Path, source: Source, files: RawFiles | None, csv: bool) -> Mapping[str, Any] | None:
+    """Content of dataset.json if `folder` holds what this call would write, else None."""
+    try:
+        metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = [SEQUENCES_FILE, ITEMS_FILE, *([CSV_FILE] if csv else [])]
+    same = metadata.get("version") == VERSION and metadata.get("options") == source.options
+    if not same or not all((folder / file).is_file() for file in wanted):
+        return None
+    for member, checksum in metadata.get("checksum", {}).items():
+        if files is None or not files.has(member):
+            return None
+        files.read(member)
+        if f"sha256:{files.checksums[member]}" != checksum:
+            return None
+    return metadata
+
+
+def _check_events(name: str, events: RawEvents, sequences: pa.Table) -> None:
+    item_ids = to_sorted_ids(events.items)
+    unlisted = ~np.isin(events.item_ids, item_ids)
+    if unlisted.any():
+        row = int(np.argmax(unlisted))
+        raise DataError(
+            f"{name}, event {row + 1}: item {events.item_ids[row]} is not in the item table; use the complete files"
+        )
+    longest = int(pc.max(pc.list_value_length(sequences["item_ids"])).as_py())
+    if longest < MIN_EVENTS:
+        what = "one event" if longest == 1 else f"at most {longest} events"
+        raise DataError(
+            f"{name}: every user has {what}, expected users with {MIN_EVENTS} or more (train, valid, test); "
+            "check the user column"
+        )
+
+
+def to_sorted_ids(items: pa.Table) -> np.ndarray:
+    """int64 (X,): `item_id` of an items table, checked to ascend from 1 or more."""
+    item_ids = items["item_id"].to_numpy()
+    if item_ids[0] < 1 or (np.diff(item_ids) <= 0).any():
+        raise DataError("item table: item ids must be >= 1 and distinct, 0 is padding; fix the ids")
+    return item_ids
+
+
+def _counts(events: RawEvents, sequences: pa.Table) -> dict[str, int]:
+    lengths = pc.list_value_length(sequences["item_ids"]).to_numpy()
+    return {
+        "users": sequences.num_rows,
+        "items_listed": events.items.num_rows,
+        "items_rated": int((np.bincount(events.item_ids) > 0).sum()),
+        "events": len(events.item_ids),
+        "users_with_fewer_than_3_events": int((lengths < MIN_EVENTS).sum()),
+    }
+
+
+def _check_expected(name: str, expected: Mapping[str, int], got: Mapping[str, int]) -> None:
+    wrong = [f"{key} {got[key]:,} instead of {value:,}" for key, value in expected.items() if got[key] != value]
+    if wrong:
+        raise DataError(f"{name}: got {', '.join(wrong)}; the files are not the published ones, download them again")
+
+
+def _csv_table(sequences: pa.Table, id_shift: int) -> pd.DataFrame:
+    """The public code's CSV: a row a user, list cells as comma-separated text."""
+
+    def joined(name: str, values: pa.Array) -> pa.Array:
+        lists = sequences[name].combine_chunks()
+        texts = pa.ListArray.from_arrays(lists.offsets, pc.cast(values, pa.string()))
+        return pc.binary_join(texts, ",")
+
+    def values(name: str) -> pa.Array:
+        return sequences[name].combine_chunks().values
+
+    ratings = values("ratings")
+    if pc.all(pc.equal(ratings, pc.floor(ratings))).as_py():
+        ratings = pc.cast(ratings, pa.int64())
+    side = [name for name in sequences.column_names if name not in ("user_id", "item_ids", "ratings", "timestamps")]
+    return pa.table(
+        {
+            "user_id": pc.subtract(sequences["user_id"], id_shift),
+            "sequence_item_ids": joined("item_ids", pc.subtract(values("item_ids"), id_shift)),
+            "sequence_ratings": joined("ratings", ratings),
+            "sequence_timestamps": joined("timestamps", values("timestamps")),
+            **{name: sequences[name] for name in side},
+        }
+    ).to_pandas()
+
+
+def _write(
+    folder: Path, sequences: pa.Table, items: pa.Table, metadata: Mapping[str, Any], csv_id_shift: int | None
+) -> None:
+    with whole_folder(folder) as partial:
+        pq.write_table(sequences, partial / SEQUENCES_FILE, compression="zstd")
+        pq.write_table(items, partial / ITEMS_FILE, compression="zstd")
+        if csv_id_shift is not None:
+            _csv_table(sequences, csv_id_shift).to_csv(partial / CSV_FILE, index_label="index")
+        text = json.dumps(metadata, indent=2, ensure_ascii=False) + "\n"
+        (partial / METADATA_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,278 @@
+"""Events of one's own: a CSV or Parquet file with user, item and time columns, and perhaps a rating.
+
+Raw ids may be integers or text; they become 1..n in sorted order (numerically where all are integers) and are kept as
+`raw_id` and `raw_user_id`. Times are seconds, or ISO 8601 dates, which are taken as UTC where they name no zone. An item
+table may add titles, texts, categories and items that nobody has rated.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.raw_files import RawFiles
+from generative_recommenders.data.sources import RawEvents, Source, item_text
+from generative_recommenders.data.tables import NUMBER, check_no_missing, column_names, encoded, read_delimited, to_numpy
+
+logger = logging.getLogger(__name__)
+
+_RATING = "rating"
+_CODED_TEXT = pa.dictionary(pa.int32(), pa.string())
+_INTEGER_ID = r"^(0|-?[1-9][0-9]{0,17})$"
+_PADDED_INTEGER = r"^0[0-9]+$"
+# As seconds this is in the year 5138: nobody's clock, but somebody's milliseconds.
+_MILLISECONDS_FROM = 100_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomSource(Source):
+    """Reads one `.csv`, `.tsv` (either also `.gz`) or `.parquet` file.
+
+    Attributes:
+        rating_column: None takes the column `rating` where there is one; without ratings all are 1.
+        items: optional table with `item_column`, and any of `title_column`, `text`, `categories` (joined by `|` in CSV).
+        string_ids: take ids as text even where nearly all are integers.
+    """
+
+    user_column: str = "user_id"
+    item_column: str = "item_id"
+    timestamp_column: str = "timestamp"
+    rating_column: str | None = None
+    title_column: str = "title"
+    items: Path | None = None
+    string_ids: bool = False
+    option_names: ClassVar[tuple[str, ...]] = (
+        "user_column",
+        "item_column",
+        "timestamp_column",
+        "rating_column",
+        "title_column",
+        "items",
+        "string_ids",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.items is None or not self.items.is_file():
+            return super().options
+        return {**super().options, "items_sha256": hashlib.sha256(self.items.read_bytes()).hexdigest()}
+
+    def read(self, raw: RawFiles | None) -> RawEvents:
+        assert raw is not None
+        file = _TableFile(raw)
+        rating = self.rating_column or (_RATING if _RATING in file.names else None)
+        kinds: dict[str, pa.DataType | None] = {
+            self.user_column: _CODED_TEXT,
+            self.item_column: _CODED_TEXT,
+            self.timestamp_column: None,
+        }
+        if rating is not None:
+            kinds[rating] = pa.float32()
+        events = file.read(kinds)
+        users = _Ids(events[self.user_column], file.where, self.user_column)
+        items = _Ids(events[self.item_column], file.where, self.item_column)
+        table = self._item_table()
+        listed = encoded(table[self.item_column])[1].cast(pa.string()) if table is not None else None
+        user_names = users.sorted_names(self.string_ids)
+        item_names = items.sorted_names(self.string_ids, listed)
+        return RawEvents(
+            user_ids=users.ranks(user_names),
+            item_ids=items.ranks(item_names),
+            ratings=to_numpy(events[rating]) if rating else np.ones(events.num_rows, dtype=np.float32),
+            timestamps=seconds(events[self.timestamp_column], file.where, self.timestamp_column),
+            items=self._catalogue(item_names, table),
+            users=pa.table({"user_id": np.arange(1, len(user_names) + 1), "raw_user_id": user_names}),
+        )
+
+    def _item_table(self) -> pa.Table | None:
+        if self.items is None:
+            return None
+        file = _TableFile(RawFiles(self.items))
+        optional = [name for name in (self.title_column, "text", "categories") if name in file.names]
+        table = file.read({self.item_column: pa.string(), **dict.fromkeys(optional, pa.string())}, optional)
+        repeated = pd.Series(to_numpy(table[self.item_column].cast(pa.string()))).duplicated().to_numpy()
+        if repeated.any():
+            row = int(np.argmax(repeated))
+            raise DataError(
+                f"{file.where}, row {row + 1}: got item {table[self.item_column][row].as_py()!r} again, "
+                "expected one row an item; remove one"
+            )
+        return table
+
+    def _catalogue(self, names: pa.Array, table: pa.Table | None) -> pa.Table:
+        columns: dict[str, Any] = {"item_id": np.arange(1, len(names) + 1), "raw_id": names}
+        if table is None:
+            return pa.table(columns)
+        rows = pc.index_in(names, table[self.item_column].cast(pa.string()).combine_chunks())
+        if self.title_column in table.column_names:
+            columns["title"] = table[self.title_column].cast(pa.string()).take(rows)
+        if "categories" in table.column_names:
+            columns["categories"] = _category_lists(table["categories"]).take(rows)
+        if "text" in table.column_names:
+            columns["text"] = table["text"].cast(pa.string()).take(rows)
+        elif "title" in columns:
+            titles = columns["title"].to_pylist()
+            categories = columns["categories"].to_pylist() if "categories" in columns else [None] * len(titles)
+            columns["text"] = [
+                None if title is None else item_text(title, names_of or [])
+                for title, names_of in zip(titles, categories, strict=True)
+            ]
+        return pa.table(columns)
+
+
+class _TableFile:
+    """A CSV or Parquet file, read by column."""
+
+    def __init__(self, raw: RawFiles) -> None:
+        if not raw.is_single_file:
+            raise DataError(f"--raw: got {raw.path}, expected one .csv, .tsv, .csv.gz or .parquet file")
+        self.where = str(raw.path)
+        suffixes = [suffix.lower() for suffix in raw.path.suffixes]
+        packed = suffixes[-1:] == [".gz"]
+        kind = (suffixes[:-1] if packed else suffixes)[-1:]
+        if kind not in ([".csv"], [".tsv"], [".parquet"]) or (packed and kind == [".parquet"]):
+            raise DataError(f"{self.where}: got an unknown kind of file, expected .csv, .tsv, .csv.gz or .parquet")
+        self._delimiter = "\t" if kind == [".tsv"] else ","
+        self._parquet = kind == [".parquet"]
+        content = raw.read(raw.path.name)
+        try:
+            self._content = _unpacked(content) if packed else content
+            self.names: list[str] = (
+                pq.read_schema(pa.BufferReader(self._content)).names
+                if self._parquet
+                else column_names(self._content, self._delimiter)
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.where}: truncated or damaged ({error}); copy or export it again") from error
+
+    def read(self, kinds: Mapping[str, pa.DataType | None], nullable: list[str] | None = None) -> pa.Table:
+        if not self._parquet:
+            return read_delimited(
+                self._content, kinds, where=self.where, delimiter=self._delimiter, nullable=nullable or []
+            )
+        for name in kinds:
+            if name not in self.names:
+                raise DataError(
+                    f"{self.where}: column {name!r} is missing, got the columns {', '.join(self.names[:20])}; "
+                    "name the column by its flag"
+                )
+        try:
+            table = pq.read_table(pa.BufferReader(self._content), columns=list(kinds))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.where}: truncated or damaged ({error}); copy or export it again") from error
+        if table.num_rows == 0:
+            raise DataError(f"{self.where}: got no rows, expected one row an event; check that the file is complete")
+        check_no_missing(table.drop_columns(nullable or []), self.where)
+        for index, (name, kind) in enumerate(kinds.items()):
+            if kind == pa.float32():
+                got = table[name].type
+                if not (pa.types.is_integer(got) or pa.types.is_floating(got)):
+                    raise DataError(f"{self.where}, column {name}: got type {got}, expected numbers; convert the column")
+                table = table.set_column(index, name, table[name].cast(pa.float32(), safe=False))
+        return table
+
+
+class _Ids:
+    """A column of raw ids: codes of the events, and the distinct ids as text."""
+
+    def __init__(self, column: pa.ChunkedArray, where: str, name: str) -> None:
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise DataError(f"{where}, column {name}: got type {kind}, expected integer or text ids; convert the column")
+        self._codes, values = encoded(column)
+        self._values = values.cast(pa.string())
+        self._where, self._name = where, name
+
+    def sorted_names(self, string_ids: bool, listed: pa.Array | None = None) -> pa.Array:
+        """Distinct ids, those of an item table included, in the order of their numbers 1..n."""
+        values = self._values if listed is None else pa.concat_arrays([self._values, listed]).unique()
+        integers = pc.match_substring_regex(values, _INTEGER_ID).to_numpy(zero_copy_only=False)
+        if integers.all() and not string_ids:
+            return values.take(pc.array_sort_indices(values.cast(pa.int64())))
+        # 0001712771 beside B000EXAMPLE is text; 17 beside x is most likely a damaged row.
+        padded = pc.any(pc.match_substring_regex(values, _PADDED_INTEGER)).as_py()
+        if integers.mean() > 0.5 and not padded and not string_ids:
+            self._raise_odd(values.filter(pa.array(~integers))[0].as_py())
+        return values.take(pc.array_sort_indices(values))
+
+    def ranks(self, names: pa.Array) -> np.ndarray:
+        """int64 (E,): place of every event's id in `names`, from 1."""
+        rank = pc.index_in(self._values, names).to_numpy(zero_copy_only=False).astype(np.int64)
+        return rank[self._codes] + 1
+
+    def _raise_odd(self, odd: str) -> None:
+        code = self._values.index(odd).as_py()
+        row = f", row {int(np.argmax(self._codes == code)) + 1}" if code >= 0 else " (item table)"
+        raise DataError(
+            f"{self._where}{row}, column {self._name}: got the id {odd!r}, expected an integer as in most rows; "
+            "fix the row, or pass --string_ids to take all ids as text"
+        )
+
+
+def seconds(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
+    """int64 (E,): whole seconds of a column of numbers, times, dates or ISO 8601 texts.
+
+    Raises:
+        DataError: a cell is none of these, with its row.
+    """
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        column = _parsed_times(column, where, name)
+        kind = column.type
+    if pa.types.is_integer(kind):
+        values = to_numpy(column).astype(np.int64)
+    elif pa.types.is_floating(kind):
+        floats = to_numpy(column).astype(np.float64)
+        if not np.isfinite(floats).all():
+            row = int(np.argmin(np.isfinite(floats))) + 1
+            raise DataError(f"{where}, row {row}, column {name}: got {floats[row - 1]}, expected seconds; fix the row")
+        values = np.floor(floats).astype(np.int64)
+    elif pa.types.is_timestamp(kind):
+        values = to_numpy(column.cast(pa.timestamp("ns", kind.tz)).cast(pa.int64())) // 1_000_000_000
+    elif pa.types.is_date(kind):
+        values = to_numpy(column.cast(pa.timestamp("s")).cast(pa.int64()))
+    else:
+        raise DataError(f"{where}, column {name}: got type {kind}, expected seconds or ISO 8601 times; convert the column")
+    if values.min() >= _MILLISECONDS_FROM:
+        logger.warning("%s, column %s: values such as %d look like milliseconds, seconds are expected", where, name, values[0])
+    return values
+
+
+def _parsed_times(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
+    numeric = to_numpy(pc.match_substring_regex(column, NUMBER))
+    if numeric.mean() > 0.5:
+        good, parsed = numeric, lambda: column.cast(pa.float64())
+    else:
+        texts = pd.Series(column.to_pandas())
+        times = pd.to_datetime(texts, format="ISO8601", utc=True, errors="coerce")
+        good, parsed = times.notna().to_numpy(), lambda: pa.chunked_array([pa.array(times)])
+    if not good.all():
+        row = int(np.argmin(good))
+        raise DataError(
+            f"{where}, row {row + 1}, column {name}: got {column[row].as_py()!r}, "
+            "expected seconds or an ISO 8601 time as in the other rows; fix the row"
+        )
+    return parsed()
+
+
+def _category_lists(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return column.cast(pa.list_(pa.string()))
+    return pc.split_pattern(column.cast(pa.string()), "|")
+
+
+def _unpacked(content: pa.Buffer) -> pa.Buffer:
+    with pa.CompressedInputStream(pa.BufferReader(content), "gzip") as stream:
+        return stream.read_buffer()
+
+
+SOURCE = CustomSource(name="custom")

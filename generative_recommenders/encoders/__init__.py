@@ -1,0 +1,1 @@
+"""Sequence encoders: jagged item embeddings in, jagged states out."""

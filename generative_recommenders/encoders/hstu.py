@@ -1,0 +1,233 @@
+"""HSTU encoder: Actions Speak Louder than Words (arXiv 2402.17152), section 3, in the variant of the public experiments.
+
+A layer, on jagged tokens x_TD with h heads:
+
+    U, V, Q, K = split(SiLU(LN(x) W_uvqk))
+    Y = (SiLU(Q K^T + rab) / n, causal) V            n = max_sequence_length + gr_output_length + 1, a constant
+    out = x + Dropout(U * LN(Y)) W_o + b_o           with concat_ua: [U, LN(Y), U * LN(Y)] W_o
+
+    rab[i, j] = pos_w[n - 1 + j - i] + ts_w[bucket(t_{i+1} - t_j)],   bucket(d) = clamp(trunc(ln(max(|d|, 1)) / 0.301), 0, 128)
+
+The bias of row i uses the time of the next event: the time at which the prediction is asked for.
+
+Deliberate differences from the published code:
+- rows are jagged and no N x N bias or score tensor exists; the result is the same, the row after the last is not computed;
+- `enable_relative_attention_bias=False` runs (published: an assertion), and `attn_dropout_rate` drops attention weights
+  (published: accepted and unused);
+- `softmax_rel_bias` masks the future before the softmax (published: after it, so future keys leak into the denominator);
+- time buckets are compared with integer thresholds, exact on every device, instead of a float32 logarithm;
+- `linear_config` has no second value there, and `activation_checkpoint` is honored here.
+Initial values follow the published code: W_uvqk, pos_w and ts_w normal(0, 0.02), W_o Xavier-uniform, and the input's
+position embedding Xavier-normal (a side effect of that code's reset, kept because it sets the initial scale).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.config import configurable
+from generative_recommenders.nn.attention import RowGroups, causal_attention
+from generative_recommenders.nn.dropout import Draws, KeyedDropout
+from generative_recommenders.nn.inputs import PositionalInput
+from generative_recommenders.nn.relative_bias import RelativeBias
+from ops.hstu_attention import hstu_attention
+
+_EPS = 1e-6
+# Streams of randomness within a layer; layers are `_STREAMS_PER_LAYER` apart and the input has stream 0.
+_STREAMS_PER_LAYER = 4
+
+
+@configurable("hstu_encoder")
+@dataclass(frozen=True)
+class HSTUConfig:
+    """Bindings `hstu_encoder.*`, with the public names and defaults.
+
+    num_blocks, num_heads: layers and heads. dqk, dv: width of a head's queries/keys and of its values.
+    linear_dropout_rate: dropout before the output projection. attn_dropout_rate: dropout of attention weights.
+    normalization: "rel_bias" and "hstu_rel_bias" are the SiLU attention above; "softmax_rel_bias" is one softmax head.
+    linear_activation: applied to all of u, v, q, k.
+    """
+
+    num_blocks: int = 2
+    num_heads: int = 1
+    dqk: int = 64
+    dv: int = 64
+    linear_dropout_rate: float = 0.0
+    attn_dropout_rate: float = 0.0
+    normalization: Literal["rel_bias", "hstu_rel_bias", "softmax_rel_bias"] = "rel_bias"
+    linear_config: Literal["uvqk"] = "uvqk"
+    linear_activation: Literal["silu", "none"] = "silu"
+    concat_ua: bool = False
+    enable_relative_attention_bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "num_heads", "dqk", "dv"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"hstu_encoder.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("linear_dropout_rate", "attn_dropout_rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"hstu_encoder.{name}: got {getattr(self, name)}, expected 0 <= rate < 1")
+
+    def build(self, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool) -> HSTU:
+        return HSTU(self, dim, num_positions, input_dropout, activation_checkpoint)
+
+    def describe(self) -> str:
+        bias = "" if self.enable_relative_attention_bias else "-norab"
+        return (
+            f"HSTU-b{self.num_blocks}-h{self.num_heads}-dqk{self.dqk}-dv{self.dv}"
+            f"-l{self.linear_activation}d{self.linear_dropout_rate}-ad{self.attn_dropout_rate}{bias}"
+        )
+
+
+class HSTULayer(nn.Module):
+    """One layer; `num_positions` is n of the module docstring."""
+
+    def __init__(self, config: HSTUConfig, dim: int, num_positions: int, first_stream: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_positions = num_positions
+        self.value_width = config.num_heads * config.dv
+        self.key_width = config.num_heads * config.dqk
+        self.uvqk = nn.Parameter(torch.empty(dim, 2 * self.value_width + 2 * self.key_width))
+        self.output = nn.Linear(self.value_width * (3 if config.concat_ua else 1), dim)
+        self.bias = RelativeBias(num_positions) if config.enable_relative_attention_bias else None
+        self.dropout = KeyedDropout(config.linear_dropout_rate, first_stream)
+        self.attention_stream = first_stream + 1
+        nn.init.normal_(self.uvqk, std=0.02)
+        nn.init.xavier_uniform_(self.output.weight)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: SequenceBatch,
+        draws: Draws | None,
+        groups: RowGroups | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Next states (T, D); with `queries` (Q,), flat token numbers, only those tokens' states (Q, D)."""
+        normed = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
+        if queries is None:
+            u, v, q, k = self._project(normed, "uvqk")
+            attended = self._attend(q, k, v, batch, draws, groups, None)
+        else:
+            v, k = self._project(normed, "vk")
+            u, q = self._project(normed[queries], "uq")
+            attended = self._attend(q, k, v, batch, draws, groups, queries)
+            x_TD = x_TD[queries]
+        y = F.layer_norm(attended, attended.shape[-1:], eps=_EPS)
+        gated = torch.cat([u, y, u * y], dim=-1) if self.config.concat_ua else u * y
+        return torch.addmm(x_TD, self.dropout(gated, draws), self.output.weight.T) + self.output.bias
+
+    def _project(self, normed: Tensor, parts: str) -> tuple[Tensor, ...]:
+        widths = {"u": self.value_width, "v": self.value_width, "q": self.key_width, "k": self.key_width}
+        columns = dict(zip(widths, self.uvqk.split(list(widths.values()), dim=1), strict=True))
+        weight = self.uvqk if parts == "uvqk" else torch.cat([columns[p] for p in parts], dim=1)
+        projected = normed @ weight
+        if self.config.linear_activation == "silu":
+            projected = F.silu(projected)
+        return projected.split([widths[p] for p in parts], dim=1)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        batch: SequenceBatch,
+        draws: Draws | None,
+        groups: RowGroups | None,
+        queries: Tensor | None,
+    ) -> Tensor:
+        if groups is not None:
+            return self._softmax_attention(q, k, v, batch, draws, groups)
+        heads = self.config.num_heads
+        drop = self.training and self.config.attn_dropout_rate > 0.0 and draws is not None
+        attended = hstu_attention(
+            q.reshape(q.shape[0], heads, -1),
+            k.reshape(k.shape[0], heads, -1),
+            v.reshape(v.shape[0], heads, -1),
+            batch.offsets,
+            max_seq_len=self.num_positions,
+            position_weights=self.bias.position_weights if self.bias is not None else None,
+            time_weights=self.bias.time_weights if self.bias is not None else None,
+            query_times=batch.next_timestamps_T if queries is None else batch.next_timestamps_T[queries],
+            key_times=batch.timestamps_T,
+            query_rows=queries,
+            dropout_rate=self.config.attn_dropout_rate if drop else 0.0,
+            dropout_seed=draws.stream(self.attention_stream) if drop and draws is not None else 0,
+            row_keys=draws.keys_T if drop and draws is not None else None,
+        )
+        return attended.reshape(attended.shape[0], self.value_width)
+
+    def _softmax_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None, groups: RowGroups
+    ) -> Tensor:
+        """One head over the concatenated width: softmax((Q K^T + rab) / sqrt(dqk)), causal."""
+        scale = 1.0 / math.sqrt(self.config.dqk)
+        bias = self.bias
+
+        def scaled_bias(query_tokens: Tensor, key_tokens: Tensor) -> Tensor:
+            assert bias is not None
+            return scale * bias.dense(batch.next_timestamps_T[query_tokens], batch.timestamps_T[key_tokens])
+
+        attended = causal_attention(
+            q[:, None],
+            k[:, None],
+            v[:, None],
+            groups,
+            scale=scale,
+            bias=None if bias is None else scaled_bias,
+            dropout_rate=self.config.attn_dropout_rate if self.training else 0.0,
+            stream=self.attention_stream,
+            draws=draws,
+        )
+        return attended[:, 0]
+
+
+class HSTU(nn.Module):
+    """Input preprocessing and a stack of `HSTULayer`s."""
+
+    def __init__(
+        self, config: HSTUConfig, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpoint = activation_checkpoint
+        self.input = PositionalInput(num_positions, dim, input_dropout, stream=0)
+        nn.init.xavier_normal_(self.input.position_embedding)
+        self.layers = nn.ModuleList(
+            HSTULayer(config, dim, num_positions, _STREAMS_PER_LAYER * (i + 1)) for i in range(config.num_blocks)
+        )
+
+    def _groups(self, batch: SequenceBatch) -> RowGroups | None:
+        return RowGroups.of(batch.offsets) if self.config.normalization == "softmax_rel_bias" else None
+
+    def forward(self, x_TD: Tensor, batch: SequenceBatch, draws: Draws | None = None) -> Tensor:
+        """States after every event, (T, D)."""
+        groups = self._groups(batch)
+        for layer in self.layers:
+            if self.activation_checkpoint and self.training:
+                x_TD = checkpoint(layer, x_TD, batch, draws, groups, use_reentrant=False)
+            else:
+                x_TD = layer(x_TD, batch, draws, groups)
+        return x_TD
+
+    def last_states(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
+        """States after the last event of each row, (B, D): the last layer is computed for those tokens alone.
+
+        Every row must hold at least one event.
+        """
+        last = batch.offsets[1:] - 1
+        groups = self._groups(batch)
+        if groups is not None:
+            return self.forward(x_TD, batch)[last]
+        for layer in self.layers[:-1]:
+            x_TD = layer(x_TD, batch, None)
+        return self.layers[-1](x_TD, batch, None, None, last)

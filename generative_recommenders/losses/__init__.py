@@ -1,0 +1,1 @@
+"""Training objectives over next-item predictions and their negative samplers."""

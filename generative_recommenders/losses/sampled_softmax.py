@@ -1,0 +1,72 @@
+"""Sampled softmax over the positive and R negatives (fact sheet section 5; arXiv 2306.04039).
+
+    s = sim(o_t, n(E[.])) / temperature;   a negative equal to the positive gets -5e4;   loss_t = logsumexp(s+, s-) - s+
+
+n is the L2 norm where `item_l2_norm`. With `logq_correction` the sampler's log-probability of an item is subtracted from its
+logits. The published code has no correction and sends ids through float32 on the way; ids stay int64 here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.losses.negatives import NegativesSampler
+from generative_recommenders.losses.objective import Objective, TokenLosses
+from generative_recommenders.nn.dropout import Draws
+from generative_recommenders.nn.outputs import l2_normalize
+from generative_recommenders.similarity.dot import DotProduct
+from ops.sampled_softmax import sampled_softmax_loss
+
+_COLLISION_LOGIT = -5e4
+
+
+class SampledSoftmaxLoss(Objective):
+    """Per-token losses; the dot product runs in one fused op, any other similarity on gathered embeddings."""
+
+    def __init__(
+        self,
+        sampler: NegativesSampler,
+        num_negatives: int,
+        temperature: float,
+        item_l2_norm: bool,
+        l2_norm_eps: float,
+        logq_correction: bool,
+    ) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.num_negatives = num_negatives
+        self.temperature = temperature
+        self.item_l2_norm = item_l2_norm
+        self.l2_norm_eps = l2_norm_eps
+        self.logq_correction = logq_correction
+
+    def forward(
+        self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module, draws: Draws
+    ) -> TokenLosses:
+        negatives_TR = self.sampler.sample(positives_T, self.num_negatives, draws)
+        log_q = self.sampler.log_q(positives_T.numel(), table_VD.shape[0]) if self.logq_correction else None
+        if isinstance(similarity, DotProduct):
+            losses_T = sampled_softmax_loss(
+                queries_TD,
+                table_VD,
+                positives_T,
+                negatives_TR,
+                temperature=self.temperature,
+                l2_norm=self.item_l2_norm,
+                eps=self.l2_norm_eps,
+                item_log_q=log_q,
+            )
+            return TokenLosses(losses_T, torch.ones_like(losses_T), {})
+        positive, auxiliary = similarity(queries_TD, self._embed(table_VD, positives_T[:, None]))
+        negative, _ = similarity(queries_TD, self._embed(table_VD, negatives_TR))
+        logits = torch.cat([positive, negative], dim=1) / self.temperature
+        if log_q is not None:
+            logits = logits - log_q[torch.cat([positives_T[:, None], negatives_TR], dim=1)]
+        collides = torch.cat([torch.zeros_like(positives_T[:, None]), negatives_TR], dim=1) == positives_T[:, None]
+        losses_T = -logits.masked_fill(collides, _COLLISION_LOGIT).log_softmax(dim=1)[:, 0]
+        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)
+
+    def _embed(self, table_VD: Tensor, ids: Tensor) -> Tensor:
+        embeddings = torch.nn.functional.embedding(ids, table_VD)
+        return l2_normalize(embeddings, self.l2_norm_eps) if self.item_l2_norm else embeddings

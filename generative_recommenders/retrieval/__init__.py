@@ -1,0 +1,1 @@
+"""Next-item retrieval: configuration, model and assembly."""

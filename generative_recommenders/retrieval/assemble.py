@@ -1,0 +1,183 @@
+"""From configuration and prepared data to a model, its splits and its loaders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generative_recommenders.config import Config
+from generative_recommenders.data.collate import Split, Thinning
+from generative_recommenders.data.dataset import PreparedDataset
+from generative_recommenders.data.loader import Loader
+from generative_recommenders.encoders.hstu import HSTUConfig
+from generative_recommenders.encoders.sasrec import SASRecConfig
+from generative_recommenders.losses.bce import BCELoss
+from generative_recommenders.losses.full_softmax import FullSoftmaxLoss
+from generative_recommenders.losses.negatives import (
+    InBatchNegativesSampler,
+    LocalNegativesSampler,
+    NegativesSampler,
+    PopularitySampler,
+)
+from generative_recommenders.losses.objective import Objective
+from generative_recommenders.losses.sampled_softmax import SampledSoftmaxLoss
+from generative_recommenders.nn.embeddings import ItemEmbedding
+from generative_recommenders.nn.outputs import OUTPUTS
+from generative_recommenders.retrieval.config import EncoderOptions, LoaderConfig, RetrievalConfig
+from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.similarity.dot import SIMILARITIES
+
+ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the configuration says about a retrieval experiment, as plain dataclasses."""
+
+    experiment: RetrievalConfig
+    encoder: HSTUConfig | SASRecConfig
+    encoder_options: EncoderOptions
+    loader: LoaderConfig
+
+    @classmethod
+    def of(cls, config: Config) -> Plan:
+        experiment = config.experiment()
+        return cls(
+            experiment,
+            config.build(ENCODERS[experiment.main_module]),
+            config.build("get_sequential_encoder"),
+            config.build("create_data_loader"),
+        )
+
+    def describe(self) -> str:
+        """The public name of a run: model, similarity, sampling, loss, batch and optimizer."""
+        e = self.experiment
+        norm = f"-l2-eps{e.l2_norm_eps}" if e.item_l2_norm else ""
+        sampling = e.sampling_strategy + ("-dedup" if e.sampling_strategy == "in-batch" else "") + norm
+        temperature = f"-t{e.temperature}" if e.temperature != 1 else ""
+        if e.loss_module == "FullSoftmaxLoss":
+            sampling, loss = f"no-explicit-negatives{norm}", f"fsm{temperature}"
+        elif e.loss_module == "BCELoss":
+            loss = "bce"
+        else:
+            loss = f"ssl{temperature}-n{e.num_negatives}"
+        loss += "-logq" if e.logq_correction else ""
+        loss += "-ac" if e.loss_activation_checkpoint else ""
+        parts = [self.encoder.describe(), e.interaction_module_type, sampling, loss]
+        optimizer = f"b{e.local_batch_size}-lr{e.learning_rate}-wu{e.num_warmup_steps}-wd{e.weight_decay}"
+        extras = [optimizer, "" if e.enable_tf32 else "notf32", e.eval_split, f"s{e.random_seed}"]
+        extras.append(f"fe{e.full_eval_every_n}" if e.full_eval_every_n > 1 else "")
+        extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
+        return "-".join(["_".join(parts), *(x for x in extras if x)])
+
+
+def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor) -> Objective:
+    """`counts_X` are the training events of each catalogue item."""
+    if config.loss_module == "FullSoftmaxLoss":
+        return FullSoftmaxLoss(catalog_X, config.temperature, config.item_l2_norm, config.l2_norm_eps)
+    sampler: NegativesSampler
+    if config.sampling_strategy == "local":
+        sampler = LocalNegativesSampler(catalog_X)
+    elif config.sampling_strategy == "popularity":
+        sampler = PopularitySampler(catalog_X, counts_X)
+    else:
+        sampler = InBatchNegativesSampler(catalog_X, counts_X)
+    if config.loss_module == "BCELoss":
+        return BCELoss(sampler, config.item_l2_norm, config.l2_norm_eps, config.logq_correction)
+    return SampledSoftmaxLoss(
+        sampler,
+        config.num_negatives,
+        config.temperature,
+        config.item_l2_norm,
+        config.l2_norm_eps,
+        config.logq_correction,
+    )
+
+
+def build_model(plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None) -> RetrievalModel:
+    """A model with seeded initial weights; without `counts_X` it has no objective and only serves inference."""
+    config = plan.experiment
+    torch.manual_seed(config.random_seed)
+    items = ItemEmbedding(int(catalog_X[-1]), config.item_embedding_dim)
+    encoder = plan.encoder.build(
+        config.item_embedding_dim,
+        config.num_positions,
+        config.dropout_rate,
+        plan.encoder_options.activation_checkpoint,
+    )
+    return RetrievalModel(
+        items,
+        encoder,
+        OUTPUTS[config.user_embedding_norm](config.l2_norm_eps),
+        SIMILARITIES[config.interaction_module_type](),
+        Objective() if counts_X is None else build_objective(config, catalog_X, counts_X),
+        catalog_X,
+        item_l2_norm=config.item_l2_norm,
+        l2_norm_eps=config.l2_norm_eps,
+        top_k_method=config.top_k_method,
+        encoder_bf16=config.main_module_bf16,
+        loss_checkpoint=config.loss_activation_checkpoint,
+        loss_weights=config.loss_weights,
+    )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Leave-one-out: the events that train, the validation target and the test target.
+
+    With `eval_split = "test"` the validation event trains too, as in the published protocol.
+    """
+
+    train: Split
+    valid: Split
+    test: Split
+
+    @classmethod
+    def of(cls, config: RetrievalConfig, dataset: PreparedDataset) -> Splits:
+        thinning = Thinning(config.positional_sampling_ratio, config.stochastic_length_alpha, config.random_seed)
+        held_out = 1 if config.eval_split == "test" else 2
+        length = config.max_sequence_length
+        return cls(
+            train=Split(dataset, length, held_out, thinning),
+            valid=Split(dataset, length, 1),
+            test=Split(dataset, length, 0),
+        )
+
+    def named(self, name: str) -> Split:
+        return {"train": self.train, "valid": self.valid, "test": self.test}[name]
+
+
+def training_counts(dataset: PreparedDataset, held_out: int) -> Tensor:
+    """Events of each catalogue item outside the last `held_out` of every user, int64 (X,)."""
+    last = (dataset.offsets[1:] - held_out).repeat_interleave(dataset.lengths_U)
+    trains = torch.arange(dataset.item_ids_E.numel()) < last
+    places = torch.searchsorted(dataset.catalog.item_ids, dataset.item_ids_E[trains])
+    return torch.bincount(places, minlength=len(dataset.catalog))
+
+
+def evaluation_loader(plan: Plan, split: Split, rank: int, world_size: int) -> Loader:
+    """In a fixed shuffled order, so that a partial evaluation sees a sample and not the first users of the file."""
+    return Loader(
+        split,
+        plan.experiment.eval_batch_size,
+        seed=plan.experiment.random_seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=plan.loader.num_workers,
+        prefetch_factor=plan.loader.prefetch_factor,
+    )
+
+
+def training_loader(plan: Plan, split: Split, rank: int, world_size: int) -> Loader:
+    return Loader(
+        split,
+        plan.experiment.local_batch_size,
+        seed=plan.experiment.random_seed,
+        rank=rank,
+        world_size=world_size,
+        num_workers=plan.loader.num_workers,
+        prefetch_factor=plan.loader.prefetch_factor,
+        drop_last=plan.loader.drop_last,
+    )

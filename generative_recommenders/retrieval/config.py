@@ -1,0 +1,175 @@
+"""Bindings of the retrieval experiment (`main.experiment = @train_fn`), under the public names, with the public defaults.
+
+Where a public default could not run (interaction module "", no resume) ours does. Names the public code does not have are
+marked "ours". Everything is checked here, at construction, before any data is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from generative_recommenders.config import configurable
+
+# Which retrieval modules can score which similarity; a wrong pair is refused with this table in the message.
+TOP_K_OF_SIMILARITY = {
+    "DotProduct": ("MIPSBruteForceTopK",),
+    "MoL": ("MoLBruteForceTopK",),
+}
+_POSITIVE = (
+    "max_sequence_length local_batch_size eval_batch_size num_negatives eval_interval full_eval_every_n save_ckpt_every_n "
+    "partial_eval_num_iters item_embedding_dim"
+).split()
+_NOT_NEGATIVE = (
+    "num_epochs num_warmup_steps weight_decay gr_output_length early_stopping_patience gradient_clip_norm "
+    "checkpoint_every_n_steps"
+).split()
+_ABOVE_ZERO = ("learning_rate", "temperature", "l2_norm_eps")
+
+
+@configurable("train_fn")
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Data: dataset_name, max_sequence_length (history events a user), positional_sampling_ratio (share of training events
+    kept), stochastic_length_alpha (ours; see `data.collate`).
+
+    Model: main_module, item_embedding_dim, dropout_rate (of the input), user_embedding_norm, gr_output_length (extra
+    positions: the attention normalizer and position tables have max_sequence_length + gr_output_length + 1),
+    main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
+
+    Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm, l2_norm_eps,
+    logq_correction (ours), loss_activation_checkpoint (recompute the loss in backward), loss_weights (auxiliary losses).
+
+    Optimization: num_epochs, learning_rate, num_warmup_steps, weight_decay, gradient_clip_norm (ours, 0 is off),
+    local_batch_size (users a rank), enable_tf32, random_seed.
+
+    Evaluation: eval_split (ours): "test" trains on all but each user's last event and follows the test curve, the published
+    protocol; "valid" holds out the last two, evaluates on the first of them, keeps the best epoch and ends with its test
+    metrics. early_stopping_patience (ours): evaluations without improvement of early_stopping_metric before stopping, 0 is
+    off, "valid" only. eval_batch_size, eval_user_max_batch_size (rows scored at a time), top_k_method, filter_history
+    (ours: candidates seen in the window are excluded; a target among them is a miss). eval_interval: steps between
+    metrics on the current training batch. full_eval_every_n: epochs between complete evaluations; the others stop after
+    partial_eval_num_iters batches.
+
+    Checkpoints: save_ckpt_every_n (epochs between kept ones), checkpoint_every_n_steps (ours: rolling ones within an
+    epoch, 0 is only at its end), resume (ours): "auto" continues the newest unfinished run of this very config,
+    "never" starts anew, anything else is a run folder.
+    """
+
+    dataset_name: str = "ml-20m"
+    max_sequence_length: int = 200
+    positional_sampling_ratio: float = 1.0
+    stochastic_length_alpha: float | None = None
+    local_batch_size: int = 128
+    eval_batch_size: int = 128
+    eval_user_max_batch_size: int | None = None
+    main_module: Literal["SASRec", "HSTU"] = "SASRec"
+    main_module_bf16: bool = False
+    dropout_rate: float = 0.2
+    user_embedding_norm: Literal["l2_norm", "layer_norm"] = "l2_norm"
+    sampling_strategy: Literal["in-batch", "local", "popularity", "no-explicit-negatives"] = "in-batch"
+    loss_module: Literal["SampledSoftmaxLoss", "FullSoftmaxLoss", "BCELoss"] = "SampledSoftmaxLoss"
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    num_negatives: int = 1
+    loss_activation_checkpoint: bool = False
+    logq_correction: bool = False
+    item_l2_norm: bool = False
+    temperature: float = 0.05
+    num_epochs: int = 101
+    learning_rate: float = 1e-3
+    num_warmup_steps: int = 0
+    weight_decay: float = 1e-3
+    gradient_clip_norm: float = 0.0
+    top_k_method: str = "MIPSBruteForceTopK"
+    filter_history: bool = True
+    eval_split: Literal["test", "valid"] = "test"
+    early_stopping_patience: int = 0
+    early_stopping_metric: str = "ndcg@10"
+    eval_interval: int = 100
+    full_eval_every_n: int = 1
+    save_ckpt_every_n: int = 1000
+    checkpoint_every_n_steps: int = 0
+    partial_eval_num_iters: int = 32
+    embedding_module_type: Literal["local"] = "local"
+    item_embedding_dim: int = 240
+    interaction_module_type: str = "DotProduct"
+    gr_output_length: int = 10
+    l2_norm_eps: float = 1e-6
+    enable_tf32: bool = False
+    random_seed: int = 42
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in _NOT_NEGATIVE:
+            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        for name in _ABOVE_ZERO:
+            self._expect(name, getattr(self, name) > 0, "more than 0")
+        self._expect("dropout_rate", 0 <= self.dropout_rate < 1, "0 <= rate < 1")
+        self._expect("positional_sampling_ratio", 0 < self.positional_sampling_ratio <= 1, "0 < ratio <= 1")
+        alpha = self.stochastic_length_alpha
+        self._expect("stochastic_length_alpha", alpha is None or 0 < alpha <= 2, "0 < alpha <= 2, or None")
+        micro = self.eval_user_max_batch_size
+        self._expect("eval_user_max_batch_size", micro is None or micro >= 1, "at least 1, or None")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        known = TOP_K_OF_SIMILARITY
+        self._expect("interaction_module_type", self.interaction_module_type in known, f"one of {_names(known)}")
+        fitting = known[self.interaction_module_type]
+        self._expect(
+            "top_k_method",
+            self.top_k_method in fitting,
+            f"one of {_names(fitting)} with train_fn.interaction_module_type = {self.interaction_module_type!r}",
+        )
+        if self.loss_module == "BCELoss":
+            self._expect("temperature", self.temperature == 1.0, "1.0 with train_fn.loss_module = 'BCELoss'")
+        if self.sampling_strategy == "no-explicit-negatives":
+            self._expect(
+                "sampling_strategy",
+                self.loss_module == "FullSoftmaxLoss",
+                f"a sampler, since train_fn.loss_module = {self.loss_module!r} draws negatives",
+            )
+        self._expect(
+            "early_stopping_patience",
+            self.early_stopping_patience == 0 or self.eval_split == "valid",
+            "0 with train_fn.eval_split = 'test': stopping on test would select on it",
+        )
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"train_fn.{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def num_positions(self) -> int:
+        """n of the equations: window, target and `gr_output_length` further positions."""
+        return self.max_sequence_length + self.gr_output_length + 1
+
+
+@configurable("create_data_loader")
+@dataclass(frozen=True)
+class LoaderConfig:
+    """num_workers: threads that collate ahead, 0 collates in the loop; prefetch_factor: batches each runs ahead."""
+
+    num_workers: int = 0
+    prefetch_factor: int | None = None
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"create_data_loader.num_workers: got {self.num_workers}, expected at least 0")
+        if self.prefetch_factor is not None and self.prefetch_factor < 1:
+            raise ValueError(f"create_data_loader.prefetch_factor: got {self.prefetch_factor}, expected at least 1 or None")
+
+
+@configurable("get_sequential_encoder")
+@dataclass(frozen=True)
+class EncoderOptions:
+    """activation_checkpoint: recompute each layer in backward instead of keeping its activations."""
+
+    activation_checkpoint: bool = False
+
+
+def _names(names: object) -> str:
+    return ", ".join(repr(name) for name in names)  # type: ignore[attr-defined]

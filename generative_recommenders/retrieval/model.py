@@ -1,0 +1,109 @@
+"""The retrieval model: embeddings, encoder, query normalization, similarity and objective as one task."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
+from generative_recommenders.encoders.hstu import HSTU
+from generative_recommenders.encoders.sasrec import SASRec
+from generative_recommenders.indexing.exact import TOP_K_METHODS, TopK
+from generative_recommenders.losses.objective import Objective, TokenLosses
+from generative_recommenders.nn.dropout import Draws
+from generative_recommenders.nn.embeddings import ItemEmbedding
+from generative_recommenders.nn.outputs import l2_normalize
+
+
+class RetrievalModel(nn.Module):
+    """A task: `forward(batch, seed)` is the training loss, `last_queries` and `top_k` serve evaluation and recommending."""
+
+    catalog_X: Tensor
+
+    def __init__(
+        self,
+        items: ItemEmbedding,
+        encoder: HSTU | SASRec,
+        output: nn.Module,
+        similarity: nn.Module,
+        objective: Objective,
+        catalog_X: Tensor,
+        *,
+        item_l2_norm: bool,
+        l2_norm_eps: float,
+        top_k_method: str,
+        encoder_bf16: bool = False,
+        loss_checkpoint: bool = False,
+        loss_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.items = items
+        self.encoder = encoder
+        self.output = output
+        self.similarity = similarity
+        self.objective = objective
+        self.register_buffer("catalog_X", catalog_X, persistent=False)
+        self.item_l2_norm = item_l2_norm
+        self.l2_norm_eps = l2_norm_eps
+        self.top_k_method = top_k_method
+        self.encoder_bf16 = encoder_bf16
+        self.loss_checkpoint = loss_checkpoint
+        self.loss_weights = dict(loss_weights or {})
+
+    def queries(self, batch: SequenceBatch, draws: Draws | None = None) -> Tensor:
+        """Post-processed states after every event, (T, D)."""
+        with self._autocast(batch):
+            states_TD = self.encoder(self.encoder.input(batch, self.items, draws), batch, draws)
+        return self.output(states_TD.float() if self.encoder_bf16 else states_TD)
+
+    def last_queries(self, batch: SequenceBatch) -> Tensor:
+        """Post-processed states after each row's last event, (B, D); every row must hold an event."""
+        with self._autocast(batch):
+            states_BD = self.encoder.last_states(self.encoder.input(batch, self.items, None), batch)
+        return self.output(states_BD.float() if self.encoder_bf16 else states_BD)
+
+    def _autocast(self, batch: SequenceBatch) -> AbstractContextManager[object]:
+        if not self.encoder_bf16:
+            return nullcontext()
+        return torch.autocast(batch.offsets.device.type, dtype=torch.bfloat16)
+
+    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the global mean loss, and global scalars by name, without gradient.
+
+        The value is scaled so that averaging gradients over ranks, as DistributedDataParallel does, gives the gradient of
+        the mean over the global batch, however unequal the ranks' shares are.
+        """
+        draws = Draws.of(batch, seed)
+        tokens = self._token_losses(self.queries(batch, draws), batch.next_item_ids_T, draws)
+        weights_T = tokens.weights_T * (batch.next_item_ids_T != 0)
+        total = all_reduce_sum(weights_T.sum()).clamp(min=1.0)
+        main = (tokens.losses_T * weights_T).sum() / total * world_size()
+        loss = main
+        for name, weight in self.loss_weights.items():
+            if name not in tokens.auxiliary:
+                known = ", ".join(sorted(tokens.auxiliary)) or "none"
+                raise ValueError(f"train_fn.loss_weights: got {name!r}, expected an auxiliary loss of this model ({known})")
+            loss = loss + weight * tokens.auxiliary[name]
+        local = {"main_loss": main, "ar_loss": loss, **tokens.auxiliary}
+        # What is reported is the global batch's value, the same on every rank.
+        scalars = {name: all_reduce_sum(value.detach()) / world_size() for name, value in local.items()}
+        return loss, scalars | {"tokens": total}
+
+    def _token_losses(self, queries_TD: Tensor, positives_T: Tensor, draws: Draws) -> TokenLosses:
+        arguments = (queries_TD, positives_T, self.items.table, self.similarity, draws)
+        if self.loss_checkpoint:
+            result: TokenLosses = checkpoint(self.objective, *arguments, use_reentrant=False)
+            return result
+        losses: TokenLosses = self.objective(*arguments)
+        return losses
+
+    def top_k(self, max_rows: int | None = None) -> TopK:
+        """Retrieval over the catalogue with the present weights."""
+        table = self.items.table.detach()
+        if self.item_l2_norm:
+            table = l2_normalize(table, self.l2_norm_eps)
+        return TOP_K_METHODS[self.top_k_method](table, self.catalog_X, max_rows)

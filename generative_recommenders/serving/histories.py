@@ -1,0 +1,115 @@
+"""Histories of users in raw ids, as a person keeps them: parquet, csv or json, one row a user.
+
+Columns: `item_ids`, a list or text such as "3186,1270" or "[3186, 1270]"; optionally `user_id` (else the row number),
+`timestamps` (the same number of integers, seconds) and `request_timestamp` (the time recommendations are asked for; the
+last event's where it is missing).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from generative_recommenders.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Parallel lists over users; raw item ids are strings, oldest first."""
+
+    user_ids: list[str]
+    raw_item_ids: list[list[str]]
+    timestamps: list[list[int] | None]
+    request_timestamps: list[int | None]
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Rows of a parquet, csv or json file (a json array of objects, or one object a line).
+
+    Raises:
+        DataError: missing, empty, unreadable or of another kind.
+    """
+    readers: dict[str, Any] = {
+        ".parquet": pd.read_parquet,
+        ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False),
+        ".json": lambda p: pd.read_json(p, dtype=False),
+        ".jsonl": lambda p: pd.read_json(p, dtype=False, lines=True),
+    }
+    if path.suffix not in readers:
+        raise DataError(f"{path}: got a {path.suffix or 'nameless'} file, expected one of {', '.join(readers)}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; expected histories with a column item_ids")
+    try:
+        table: pd.DataFrame = readers[path.suffix](path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    if table.empty:
+        raise DataError(f"{path}: got no rows, expected one row a user")
+    return table
+
+
+def read_histories(path: Path) -> Histories:
+    """Parse a file of histories.
+
+    Raises:
+        DataError: naming file, row and column.
+    """
+    table = read_table(path)
+    if "item_ids" not in table.columns:
+        raise DataError(f"{path}: column item_ids is missing; got {', '.join(map(str, table.columns))}")
+    items = [_list(value, path, row, "item_ids") for row, value in enumerate(table["item_ids"])]
+    times: list[list[int] | None] = [None] * len(items)
+    if "timestamps" in table.columns:
+        parsed = [_list(value, path, row, "timestamps") for row, value in enumerate(table["timestamps"])]
+        for row, (ids, values) in enumerate(zip(items, parsed, strict=True)):
+            if len(ids) != len(values):
+                raise DataError(f"{path}: row {row + 1} has {len(ids)} item_ids and {len(values)} timestamps, expected equal")
+        times = [[_integer(v, path, row, "timestamps") for v in values] for row, values in enumerate(parsed)]
+    requests: list[int | None] = [None] * len(items)
+    if "request_timestamp" in table.columns:
+        column = "request_timestamp"
+        requests = [None if _absent(v) else _integer(v, path, row, column) for row, v in enumerate(table[column])]
+    users = table["user_id"].map(_raw_id).tolist() if "user_id" in table.columns else [str(i) for i in range(len(items))]
+    return Histories(users, items, times, requests)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and value != value)
+
+
+def _raw_id(value: Any) -> str:
+    """Raw ids are compared as text; 318.0 read from a column with gaps is 318."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _list(value: Any, path: Path, row: int, column: str) -> list[str]:
+    if _absent(value) if not hasattr(value, "__len__") or isinstance(value, str) else False:
+        return []
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{path}: row {row + 1}, {column}: cannot read the list {text[:40]!r}") from error
+        else:
+            value = text.split(",")
+    if not hasattr(value, "__iter__"):
+        raise DataError(f"{path}: row {row + 1}, {column}: got {value!r}, expected a list")
+    return [_raw_id(v) for v in value]
+
+
+def _integer(value: Any, path: Path, row: int, column: str) -> int:
+    try:
+        return int(float(value)) if not isinstance(value, str) or not value.lstrip("-").isdigit() else int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: row {row + 1}, {column}: got {value!r}, expected seconds as an integer") from error

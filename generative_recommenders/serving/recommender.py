@@ -1,0 +1,139 @@
+"""Recommendations from a checkpoint alone: the directory holds weights, configuration and the item map."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.config import load
+from generative_recommenders.data.dataset import Catalog, read_catalog
+from generative_recommenders.data.errors import DataError
+from generative_recommenders.retrieval.assemble import Plan, build_model
+from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.serving.histories import Histories
+from generative_recommenders.training.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Recommender:
+    """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids."""
+
+    model: RetrievalModel
+    catalog: Catalog
+    max_sequence_length: int
+    device: torch.device
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Recommender:
+        """Raises CheckpointError or ConfigError where the directory was not written by this project."""
+        plan = Plan.of(load([str(checkpoint.path / "config.gin")], []))
+        catalog = read_catalog(checkpoint.path / "items.parquet")
+        model = build_model(plan, catalog.item_ids).to(device)
+        checkpoint.load_model(model, device)
+        model.eval()
+        return cls(model, catalog, plan.experiment.max_sequence_length, torch.device(device))
+
+    @torch.inference_mode()
+    def recommend(self, histories: Histories, k: int, *, filter_history: bool = True) -> pd.DataFrame:
+        """The k best items a user, best first: columns user_id, rank, item_id (raw), score, title.
+
+        History items the model does not know are dropped and counted in the log; a user without any known item gets no
+        rows, since there is nothing to condition on.
+
+        Raises:
+            DataError: no user has a known item, or k < 1.
+        """
+        if k < 1:
+            raise DataError(f"--top_k: got {k}, expected at least 1")
+        number = {raw: int(i) for raw, i in zip(self.catalog.raw_ids, self.catalog.item_ids.tolist(), strict=True)}
+        known = [[(n, i) for n, raw in enumerate(ids) if (i := number.get(raw))] for ids in histories.raw_item_ids]
+        dropped = sum(len(ids) - len(kept) for ids, kept in zip(histories.raw_item_ids, known, strict=True))
+        users = [u for u, kept in enumerate(known) if kept]
+        if not users:
+            example = next((ids[0] for ids in histories.raw_item_ids if ids), None)
+            raise DataError(
+                f"histories: none of the items is known to the model (first: {example!r}); expected raw ids such as "
+                f"{self.catalog.raw_ids[0]!r}"
+            )
+        if dropped or len(users) < len(known):
+            logger.warning(
+                "%d unknown items were dropped; %d users without a known item get no recommendations",
+                dropped,
+                len(known) - len(users),
+            )
+        parts = []
+        for first in range(0, len(users), _BATCH):
+            chosen = users[first : first + _BATCH]
+            rows = [self._row(known[u], histories.timestamps[u], histories.request_timestamps[u]) for u in chosen]
+            parts.append(self._frame([histories.user_ids[u] for u in chosen], _batch(rows).to(self.device), k, filter_history))
+        return pd.concat(parts, ignore_index=True)
+
+    def _row(self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None) -> tuple[Tensor, Tensor, int]:
+        """Ids and timestamps of the window and the time of the request."""
+        window = kept[-self.max_sequence_length :]
+        ids = torch.tensor([i for _, i in window])
+        stamps = torch.tensor([times[n] for n, _ in window] if times is not None else [0] * len(window))
+        return ids, stamps, int(stamps[-1]) if request is None else request
+
+    def _frame(self, user_ids: list[str], batch: SequenceBatch, k: int, filter_history: bool) -> pd.DataFrame:
+        seen = (batch.offsets, batch.item_ids_T) if filter_history else (None, None)
+        top_k = self.model.top_k()
+        scores_BK, ids_BK = top_k(self.model.last_queries(batch), min(k, len(top_k)), *seen)
+        found = (ids_BK != 0).cpu()
+        places = torch.searchsorted(self.catalog.item_ids, ids_BK.cpu()[found]).tolist()
+        rows, ranks = found.nonzero(as_tuple=True)
+        return pd.DataFrame(
+            {
+                "user_id": [user_ids[r] for r in rows.tolist()],
+                "rank": ranks + 1,
+                "item_id": [self.catalog.raw_ids[p] for p in places],
+                "score": scores_BK.cpu()[found],
+                "title": [self.catalog.titles[p] for p in places],
+            }
+        )
+
+
+def _batch(rows: list[tuple[Tensor, Tensor, int]]) -> SequenceBatch:
+    """A batch without targets: what follows a row's last event is unknown, only its time is given."""
+    ids = torch.cat([r[0] for r in rows])
+    times = torch.cat([r[1] for r in rows])
+    offsets = torch.tensor([0, *(r[0].numel() for r in rows)]).cumsum(0)
+    next_times = torch.cat([torch.cat([r[1][1:], torch.tensor([r[2]])]) for r in rows])
+    next_ids = torch.cat([torch.cat([r[0][1:], torch.zeros(1, dtype=torch.int64)]) for r in rows])
+    nobody = torch.zeros(len(rows), dtype=torch.int64)
+    return SequenceBatch(
+        item_ids_T=ids,
+        ratings_T=torch.zeros(ids.numel()),
+        timestamps_T=times,
+        next_item_ids_T=next_ids,
+        next_timestamps_T=next_times,
+        offsets=offsets,
+        user_ids_B=torch.arange(len(rows)),
+        target_ids_B=nobody,
+        target_ratings_B=nobody.float(),
+        target_timestamps_B=next_times[offsets[1:] - 1],
+        row_numbers_B=torch.arange(len(rows)),
+    )
+
+
+def write_recommendations(table: pd.DataFrame, path: Path) -> None:
+    """Write parquet, csv or json (one object a line) by the file's suffix, aside and renamed."""
+    aside = path.with_name(f".{path.name}")
+    if path.suffix == ".parquet":
+        table.to_parquet(aside, index=False)
+    elif path.suffix == ".csv":
+        table.to_csv(aside, index=False)
+    elif path.suffix in (".json", ".jsonl"):
+        table.to_json(aside, orient="records", lines=True)
+    else:
+        raise DataError(f"--output: got {path}, expected a name that ends in .parquet, .csv, .json or .jsonl")
+    aside.replace(path)

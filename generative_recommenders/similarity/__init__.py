@@ -1,0 +1,1 @@
+"""Scores of query states against item embeddings."""

@@ -1,0 +1,243 @@
+"""The train loop.
+
+Order of an epoch: for each batch - learning rate, loss, backward, clip, step, log - then evaluate, note the best, save.
+A step's randomness derives from (seed, step) and an epoch's order from (seed, epoch), so a run continued from any
+checkpoint ends with the parameters of one that was never interrupted, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.retrieval import Evaluation
+from generative_recommenders.training.checkpoint import Checkpoint, CheckpointFolder, Progress
+from generative_recommenders.training.optim import adamw, warmed_up
+from generative_recommenders.training.reporting import Reporter, peak_memory_mb
+from generative_recommenders.training.task import Settings, Task
+from ops.random import fold
+
+# Reading a loss off a GPU waits for it; on a CPU it is free.
+_FINITE_CHECK_EVERY = {"cpu": 1}
+_FINITE_CHECK_ELSEWHERE = 20
+
+
+class Diverged(UserError):
+    """The loss is not finite."""
+
+
+class Interrupted(Exception):
+    """SIGTERM arrived; the state was saved."""
+
+
+class StopSignal:
+    """Turns SIGTERM into a flag that the loop reads between steps."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopSignal]:
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = True
+
+        try:
+            previous = signal.signal(signal.SIGTERM, note)
+        except ValueError:
+            # Only the main thread may set handlers; a loop run elsewhere cannot be stopped this way.
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass
+class Trainer:
+    """One run: a task, its settings, and where it reports and saves.
+
+    `config` is the operative gin text; it, `facts` (dataset fingerprint and the like) and `extra_files` (the item map) go
+    into every checkpoint.
+    """
+
+    task: Task
+    settings: Settings
+    runtime: Runtime
+    reporter: Reporter
+    folder: CheckpointFolder
+    config: str
+    facts: dict[str, Any]
+    extra_files: Sequence[Path] = ()
+
+    def run(self, resume_from: Checkpoint | None = None) -> tuple[Evaluation, Progress]:
+        """Train to the end and return the reported evaluation.
+
+        Raises:
+            Interrupted: SIGTERM arrived; a checkpoint of this very step was saved.
+            Diverged: a loss was not finite; the message names the step and the last checkpoint.
+        """
+        self.optimizer = adamw(self.task.model, self.settings.learning_rate, self.settings.weight_decay)
+        self.progress = Progress()
+        if resume_from is not None:
+            resume_from.load_model(self.task.model, self.runtime.device)
+            resume_from.load_optimizer(self.optimizer, self.runtime.device)
+            self.progress = resume_from.progress
+        self.parallel: nn.Module = self.task.model
+        if self.runtime.world_size > 1:
+            ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.task.model, device_ids=ids, broadcast_buffers=False)
+        self.started = time.perf_counter() - self.progress.seconds
+        self.evaluation: Evaluation | None = None
+        with StopSignal().listening() as stop:
+            self.stop = stop
+            while self.progress.epoch < self.settings.num_epochs and not self._patience_exhausted():
+                self._epoch()
+        return self._finish(), self.progress
+
+    def _epoch(self) -> None:
+        progress, epoch = self.progress, self.progress.epoch
+        self.task.model.train()
+        # Kept on the device: its value is read once an epoch.
+        loss_sum = torch.zeros((), device=self.runtime.device)
+        tokens = torch.zeros((), device=self.runtime.device)
+        began, first = time.perf_counter(), progress.batch
+        batches = self.task.batches.epoch(epoch, start=first)
+        for batch in self.reporter.progress(batches, len(self.task.batches), first, f"epoch {epoch}"):
+            scalars = self._step(batch.to(self.runtime.device))
+            loss_sum += scalars["ar_loss"]
+            tokens += scalars["tokens"]
+            self._stop_if_asked()
+            every = self.settings.checkpoint_every_n_steps
+            if every and progress.step % every == 0:
+                self._save()
+        self._require_finite(loss_sum)
+        seconds = time.perf_counter() - began
+        steps = progress.batch - first
+        train = {"loss": float(loss_sum) / max(1, steps), "seconds": seconds, "tokens_per_second": float(tokens) / seconds}
+        self._evaluate_epoch(epoch, train if steps else None)
+        progress.epoch, progress.batch = epoch + 1, 0
+        every = self.settings.save_ckpt_every_n
+        if epoch > 0 and epoch % every == 0:
+            progress.kept_steps.append(progress.step)
+        self._save()
+        self._stop_if_asked(saved=True)
+
+    def _step(self, batch: Any) -> dict[str, Tensor]:
+        progress, settings = self.progress, self.settings
+        rate = warmed_up(settings.learning_rate, progress.step, settings.num_warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        probed = progress.step % settings.eval_interval == 0 and batch.size > 0
+        probe = self.task.probe(batch) if probed and self.reporter.active else None
+        loss, scalars = self.parallel(batch, fold(settings.random_seed, progress.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if settings.gradient_clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.task.model.parameters(), settings.gradient_clip_norm)
+        if progress.step % _FINITE_CHECK_EVERY.get(self.runtime.device.type, _FINITE_CHECK_ELSEWHERE) == 0:
+            self._require_finite(scalars["ar_loss"])
+        self.optimizer.step()
+        if self.reporter.active:
+            self._log_step(scalars, probe, rate)
+        progress.step += 1
+        progress.batch += 1
+        return scalars
+
+    def _log_step(self, scalars: dict[str, Tensor], probe: Any, rate: float) -> None:
+        step = self.progress.step
+        if self.runtime.device.type == "cpu" or probe is not None:
+            values = {name: float(value) for name, value in scalars.items() if name != "tokens"}
+            self.reporter.scalars(values, step, "losses/")
+            if probe is not None:
+                self.reporter.scalars({"loss/train": values["main_loss"], "lr": rate}, step)
+                self.reporter.scalars(probe, step, "eval/")
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if math.isfinite(float(loss)):
+            return
+        latest = self.folder.latest()
+        last = f"the last checkpoint is {latest.path}" if latest else "no checkpoint was written yet"
+        raise Diverged(
+            f"training loss: got a value that is not finite at step {self.progress.step} (epoch {self.progress.epoch}); "
+            f"{last}; try a lower train_fn.learning_rate or train_fn.gradient_clip_norm = 1.0"
+        )
+
+    def _evaluate_epoch(self, epoch: int, train: dict[str, float] | None) -> None:
+        settings, progress = self.settings, self.progress
+        complete = epoch % settings.full_eval_every_n == 0 or epoch == settings.num_epochs - 1
+        evaluation = self.task.evaluate(epoch, complete)
+        self.evaluation = evaluation if complete else None
+        progress.seconds = time.perf_counter() - self.started
+        if complete and settings.keep_best:
+            value = evaluation.metrics[settings.early_stopping_metric]
+            # NaN (nobody to average over) is never an improvement.
+            if progress.best_value is None or value > progress.best_value:
+                progress.best_value, progress.best_step, progress.best_epoch = value, progress.step, epoch
+                progress.stale_evaluations = 0
+            else:
+                progress.stale_evaluations += 1
+        reporter = self.reporter
+        reporter.scalars(evaluation.metrics, epoch, "eval_epoch/")
+        reporter.scalars(evaluation.metrics, epoch, f"eval_{settings.followed_split}/")
+        if complete and settings.full_eval_every_n > 1:
+            reporter.scalars(evaluation.metrics, epoch, "eval_epoch_full/")
+        performance = {"eval_seconds": evaluation.seconds, "peak_memory_mb": peak_memory_mb(self.runtime.device)}
+        if train is not None:
+            performance |= {"train_seconds": train["seconds"], "tokens_per_second": train["tokens_per_second"]}
+        reporter.scalars(performance, epoch, "perf/")
+        record = {"epoch": epoch, "step": progress.step, "split": settings.followed_split, "complete": complete}
+        reporter.line(
+            record | {"users": evaluation.num_users, "train": train, "perf": performance, "metrics": evaluation.metrics}
+        )
+        told = f"loss {train['loss']:.4f} in {train['seconds']:.1f}s, " if train else ""
+        partial = "" if complete else f" (first {evaluation.num_users} users)"
+        reporter.say(
+            f"epoch {epoch}: {told}{settings.followed_split} {evaluation.summary()} in {evaluation.seconds:.1f}s{partial}"
+        )
+
+    def _patience_exhausted(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience > 0 and self.progress.stale_evaluations >= patience
+
+    def _finish(self) -> Evaluation:
+        settings, progress = self.settings, self.progress
+        if settings.keep_best and progress.best_step is not None and progress.best_step != progress.step:
+            best = Checkpoint.open(self.folder.path(progress.best_step))
+            best.load_model(self.task.model, self.runtime.device)
+            self.evaluation = None
+            self.reporter.say(
+                f"best {settings.followed_split} {settings.early_stopping_metric} {progress.best_value:.4f} "
+                f"at epoch {progress.best_epoch}: its weights are restored"
+            )
+        if self.evaluation is None or settings.followed_split != settings.reported_split:
+            self.evaluation = self.task.final()
+        progress.seconds = time.perf_counter() - self.started
+        return self.evaluation
+
+    def _save(self) -> None:
+        self.progress.seconds = time.perf_counter() - self.started
+        if self.runtime.is_main:
+            self.folder.save(
+                self.task.model, self.optimizer, self.progress, self.config, self.facts, self.extra_files
+            )
+        self.runtime.barrier()
+
+    def _stop_if_asked(self, saved: bool = False) -> None:
+        if self.runtime.any(self.stop.received):
+            if not saved:
+                self._save()
+            raise Interrupted(f"stopped by SIGTERM at step {self.progress.step}; checkpoint in {self.folder.folder}")

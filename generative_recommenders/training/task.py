@@ -1,0 +1,60 @@
+"""What the train loop asks of a task, and the settings it needs; it knows nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.evaluation.retrieval import Evaluation
+
+
+class Batches(Protocol):
+    """A loader: `len` is steps an epoch, `epoch` can start anywhere."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[SequenceBatch]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """`model(batch, seed)` returns (loss, {name: scalar tensor}).
+
+    `evaluate(epoch, complete)` returns the metrics of the split that is followed, `probe(batch)` those of one training
+    batch, `final(best)` those of the reported split with the weights as they are.
+    """
+
+    model: nn.Module
+    batches: Batches
+    evaluate: Callable[[int, bool], Evaluation]
+    probe: Callable[[SequenceBatch], Mapping[str, float]]
+    final: Callable[[], Evaluation]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Optimization, evaluation and checkpoint settings; names and meanings are those of `train_fn`.
+
+    `followed_split` is evaluated every epoch, `reported_split` at the end; with `keep_best` the epoch best in
+    `early_stopping_metric` is restored first.
+    """
+
+    num_epochs: int
+    learning_rate: float
+    num_warmup_steps: int
+    weight_decay: float
+    gradient_clip_norm: float
+    random_seed: int
+    eval_interval: int
+    full_eval_every_n: int
+    save_ckpt_every_n: int
+    checkpoint_every_n_steps: int
+    followed_split: str
+    reported_split: str
+    keep_best: bool
+    early_stopping_metric: str
+    early_stopping_patience: int

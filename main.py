@@ -1,0 +1,110 @@
+"""The launcher: python main.py --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin
+
+Modes: train (default), evaluate and recommend; `--help` lists the flags. On a machine with several GPUs it starts one rank
+a GPU; under torchrun it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from generative_recommenders.config import ConfigError, load
+from generative_recommenders.distributed.runtime import Runtime, runtime
+from generative_recommenders.errors import run_cli
+
+logger = logging.getLogger("main")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--gin_config_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
+    add("--gin_bindings", action="append", default=[], metavar="B", help="one binding, e.g. 'train_fn.num_epochs = 3'")
+    add("--mode", choices=("train", "evaluate", "recommend"), default="train")
+    add("--dry_run", action="store_true", help="parse, validate, build and print what a run would be")
+    add("--data_dir", type=Path, default=Path("tmp"), help="prepared datasets (default tmp)")
+    add("--exps_dir", type=Path, default=Path("exps"), help="run folders (default exps)")
+    add("--checkpoint", type=Path, help="evaluate, recommend: a run folder or one of its checkpoints/step-*")
+    add("--split", choices=("valid", "test"), default="test", help="evaluate: the held-out event (default test)")
+    add("--histories", type=Path, help="recommend: parquet, csv or json with item_ids in raw ids")
+    add("--output", type=Path, help="recommend: parquet, csv or json to write; the console where it is not given")
+    add("--top_k", type=int, default=10, help="recommend: items a user (default 10)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--master_port", type=int, default=12355, help="port of the ranks' rendezvous on this machine")
+    return parser
+
+
+def _start_ranks(arguments: argparse.Namespace) -> None:
+    """Become torchrun with one rank a GPU, where there are several and nobody has started ranks yet."""
+    several = torch.cuda.device_count() > 1 and arguments.device is None and "RANK" not in os.environ
+    if not several or arguments.mode == "recommend" or arguments.dry_run:
+        return
+    count = torch.cuda.device_count()
+    logger.info("starting %d ranks, one a GPU; CUDA_VISIBLE_DEVICES=0 or --device=cuda:0 keeps to one", count)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+    os.execv(sys.executable, [*launcher, f"--master_port={arguments.master_port}", *sys.argv])
+
+
+def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
+    from generative_recommenders.training.loop import Interrupted
+    from generative_recommenders.training.retrieval import Places, RetrievalExperiment, test_line
+
+    if not arguments.gin_config_file and not arguments.gin_bindings:
+        raise ConfigError("--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin")
+    config = load(arguments.gin_config_file, arguments.gin_bindings)
+    experiment = RetrievalExperiment(config, Places(arguments.data_dir, arguments.exps_dir), here)
+    if arguments.dry_run:
+        logger.info("%s", experiment.dry_run())
+        return 0
+    if arguments.mode == "evaluate":
+        evaluation = experiment.evaluate_checkpoint(arguments.checkpoint, arguments.split)
+        for name, value in evaluation.metrics.items():
+            logger.info("%-12s %.4f", name, value)
+        label = "TEST" if arguments.split == "test" else "VALID"
+        logger.info("%s", test_line(evaluation, arguments.split).replace("TEST", label, 1))
+        return 0
+    try:
+        evaluation, folder = experiment.train()
+    except Interrupted as stopped:
+        logger.info("%s; the same command continues", stopped)
+        return 0
+    if here.is_main:
+        logger.info("curves: tensorboard --logdir %s", folder.parent)
+        logger.info("%s", test_line(evaluation, "test"))
+    return 0
+
+
+def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
+    from generative_recommenders.serving.histories import read_histories
+    from generative_recommenders.serving.recommender import Recommender, write_recommendations
+    from generative_recommenders.training.runs import find_checkpoint
+
+    if arguments.checkpoint is None or arguments.histories is None:
+        raise ConfigError("--mode=recommend: needs --checkpoint=RUN_FOLDER and --histories=FILE (parquet, csv or json)")
+    recommender = Recommender.from_checkpoint(find_checkpoint(arguments.checkpoint), here.device)
+    table = recommender.recommend(read_histories(arguments.histories), arguments.top_k)
+    if arguments.output is not None:
+        write_recommendations(table, arguments.output)
+        logger.info("%d recommendations for %d users in %s", len(table), table["user_id"].nunique(), arguments.output)
+    else:
+        sys.stdout.write(table.to_string(index=False) + "\n")
+    return 0
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    main_rank = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stdout)
+    _start_ranks(arguments)
+    with runtime(arguments.device) as here:
+        return _recommend(arguments, here) if arguments.mode == "recommend" else _train_or_evaluate(arguments, here)
+
+
+if __name__ == "__main__":
+    run_cli(main)

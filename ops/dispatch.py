@@ -1,0 +1,96 @@
+"""Which implementation of an op runs, and why.
+
+An op is one `Op` object holding a reference and, where they exist, faster implementations ("cpu": C++ compiled on first
+use, "triton": GPU kernels). The choice, in falling priority: the `backend=` argument of the call, an enclosing
+`with ops.backend(...)`, the environment variable `GR_OPS`, then the fastest one that accepts the arguments.
+`ops.explain()` lists every op with what "auto" would take on this machine and the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+
+_OPS: dict[str, Op] = {}
+_override: ContextVar[str | None] = ContextVar("gr_ops_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    `refuses(*args, **kwargs)` returns the reason why these arguments cannot be handled, or None; called without
+    arguments it answers for the machine alone (no compiler, no GPU).
+    """
+
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+
+
+@dataclass
+class Op:
+    """A named op: `reference` is required and accepts everything, the others are tried fastest first."""
+
+    name: str
+    reference: Callable[..., Any]
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _OPS[self.name] = self
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        wanted = backend or _override.get() or os.environ.get("GR_OPS", "auto")
+        if wanted not in BACKENDS:
+            raise ValueError(f"backend of {self.name}: got {wanted!r}, expected one of {', '.join(BACKENDS)}")
+        if wanted == "reference":
+            return self.reference(*args, **kwargs)
+        if wanted == "auto":
+            for implementation in self.implementations.values():
+                if implementation.refuses(*args, **kwargs) is None:
+                    return implementation.run(*args, **kwargs)
+            return self.reference(*args, **kwargs)
+        if wanted not in self.implementations:
+            return self.reference(*args, **kwargs)
+        implementation = self.implementations[wanted]
+        reason = implementation.refuses(*args, **kwargs)
+        if reason is not None:
+            # An explicit request for one call is a promise to the caller; a process-wide preference is only a wish.
+            if backend is not None:
+                raise ValueError(f"{self.name}: backend {wanted!r} cannot run here: {reason}; try backend='auto'")
+            return self.reference(*args, **kwargs)
+        return implementation.run(*args, **kwargs)
+
+    def describe(self) -> tuple[str, str]:
+        """The back-end "auto" takes on this machine and the reason the faster ones are not taken."""
+        reasons = []
+        for name, implementation in self.implementations.items():
+            reason = implementation.refuses()
+            if reason is None:
+                return name, "; ".join(reasons) or "fastest available"
+            reasons.append(f"no {name}: {reason}")
+        return "reference", "; ".join(reasons) or "only implementation"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Prefer one back-end inside the `with` block; ops that lack it, or refuse the arguments, run their reference."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def explain() -> str:
+    """One line an op: its name, the back-end that runs on this machine, and why."""
+    rows = [(name, *op.describe()) for name, op in sorted(_OPS.items())]
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return "\n".join(f"{name:<{width}}  {chosen:<9}  {why}" for name, chosen, why in rows)

@@ -1,0 +1,790 @@
+// HSTU attention on jagged rows for CPUs: forward and backward in one pass over tiles, float and double.
+//
+//   out = dropout(SiLU(alpha q k^T + bias) * scale, where valid) v          (ops/hstu_attention/__init__.py has the contract)
+//
+// A task is one (jagged row, head): its keys and values are packed once into panels of kPanel columns, so that every product
+// below is the same register-blocked outer-product kernel. Queries go in tiles of kQueries, keys in tiles of kKeys; scores
+// exist for one tile at a time and backward computes them again. Every output row belongs to one task; gradients of the bias
+// tables are summed in double per fixed chunk of tasks, then in chunk order, so results do not depend on the thread count.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "counter_random.h"
+
+#define GR_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int64_t kBlock = 6;     // rows of a register block
+constexpr int64_t kQueries = 48;  // queries of a tile, a multiple of kBlock
+constexpr int64_t kKeys = 96;     // keys of a tile, a multiple of kBlock and of every kPanel
+constexpr int64_t kChunks = 128;  // parts of the table gradients; a constant, as the order of summation depends on it
+constexpr int64_t kCopies = 4;    // histograms side by side, so that runs of one bucket do not wait for each other
+
+// Mirrors `_Problem` in cpu.py field by field; every field is 8 bytes wide. Pointers may be null where optional.
+struct Problem {
+  const void *q, *k, *v, *scales, *position_weights, *time_weights;
+  const int64_t *offsets, *query_times, *key_times, *num_targets, *row_keys, *query_rows, *thresholds;
+  void* out;
+  const void* grad_out;
+  void *grad_q, *grad_k, *grad_v, *grad_position, *grad_time;
+  int64_t batch, total, queries, heads, key_dim, value_dim;
+  // Elements from one flat row to the next; the (head, dim) part of a row is contiguous.
+  int64_t q_stride, k_stride, v_stride, grad_out_stride;
+  int64_t max_seq_len, position_heads, time_heads, num_buckets;
+  int64_t max_attn_len, contextual_seq_len, min_full_attn_seq_len;
+  int64_t dropout, dropout_threshold, dropout_seed, threads;
+  double alpha, scale, dropout_factor;
+};
+
+enum Status : int64_t { kOk = 0, kBadOffsets = 1, kRowTooLong = 2, kBadQueryRows = 3 };
+
+template <class T>
+struct Simd {
+  static constexpr int64_t kLanes = 32 / sizeof(T);
+  static constexpr int64_t kPanel = 2 * kLanes;
+  typedef T Vector __attribute__((vector_size(32)));
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+int64_t panels(int64_t columns) {
+  return ceil_div(columns, Simd<T>::kPanel);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+// c[R, vectors] (+)= a[R, depth] * panel[depth, vectors]; Transposed reads a as [depth, R].
+template <class T, int R, int kVectors, bool kTransposed, bool kAdd>
+void block_product(const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c, int64_t c_stride) {
+  using Vector = typename Simd<T>::Vector;
+  constexpr int64_t kLanes = Simd<T>::kLanes;
+  Vector sum[R][kVectors] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector right[kVectors];
+    std::memcpy(right, panel + d * Simd<T>::kPanel, sizeof(right));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T left = kTransposed ? a[d * a_stride + r] : a[r * a_stride + d];
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; ++n) sum[r][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < kVectors; ++n) {
+      T* target = c + r * c_stride + n * kLanes;
+      Vector value = sum[r][n];
+      if (kAdd) {
+        Vector old;
+        std::memcpy(&old, target, sizeof(old));
+        value += old;
+      }
+      std::memcpy(target, &value, sizeof(value));
+    }
+  }
+}
+
+template <class T, int kVectors, bool kTransposed, bool kAdd>
+void product(int64_t rows, const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c, int64_t c_stride) {
+  switch (rows) {
+    case 1: return block_product<T, 1, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+    case 2: return block_product<T, 2, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+    case 3: return block_product<T, 3, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+    case 4: return block_product<T, 4, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+    case 5: return block_product<T, 5, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+    default: return block_product<T, 6, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
+  }
+}
+
+// Adds a * b to rows of a panelled matrix. `b` and `c` hold `columns` columns as panels of b_rows and c_rows rows each.
+template <class T, bool kTransposed>
+void add_product(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t b_rows, int64_t depth, T* c,
+                 int64_t c_rows, int64_t columns) {
+  constexpr int64_t kPanel = Simd<T>::kPanel;
+  for (int64_t p = 0; p < panels<T>(columns); ++p) {
+    const T* panel = b + p * b_rows * kPanel;
+    T* target = c + p * c_rows * kPanel;
+    if (columns - p * kPanel > Simd<T>::kLanes) {
+      product<T, 2, kTransposed, true>(rows, a, a_stride, panel, depth, target, kPanel);
+    } else {
+      product<T, 1, kTransposed, true>(rows, a, a_stride, panel, depth, target, kPanel);
+    }
+  }
+}
+
+// Rows [count, columns] at `stride` into panels of `panel_rows` rows; columns past the last become zero.
+template <class T>
+void pack_columns(const T* from, int64_t stride, int64_t count, int64_t columns, T* to, int64_t panel_rows) {
+  constexpr int64_t kPanel = Simd<T>::kPanel;
+  for (int64_t p = 0; p < panels<T>(columns); ++p) {
+    const int64_t width = std::min(kPanel, columns - p * kPanel);
+    for (int64_t r = 0; r < count; ++r) {
+      T* target = to + (p * panel_rows + r) * kPanel;
+      const T* source = from + r * stride + p * kPanel;
+      if (width == kPanel) {
+        std::memcpy(target, source, kPanel * sizeof(T));
+      } else {
+        for (int64_t c = 0; c < kPanel; ++c) target[c] = c < width ? source[c] : T(0);
+      }
+    }
+  }
+}
+
+// The transpose of rows [count, depth] into panels [count / kPanel][depth][kPanel]; columns past `count` become zero.
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t count, int64_t depth, T* to) {
+  constexpr int64_t kPanel = Simd<T>::kPanel;
+  for (int64_t first = 0; first < count; first += kPanel, to += depth * kPanel) {
+    const int64_t width = std::min(kPanel, count - first);
+    for (int64_t r = 0; r < kPanel; ++r) {
+      const T* source = from + (first + r) * stride;
+      for (int64_t d = 0; d < depth; ++d) to[d * kPanel + r] = r < width ? source[d] : T(0);
+    }
+  }
+}
+
+// factor * panels (count rows of panels that hold panel_rows) to rows [count, columns] at `stride`.
+template <class T>
+void unpack(const T* from, int64_t panel_rows, int64_t count, int64_t columns, T factor, T* to, int64_t stride) {
+  constexpr int64_t kPanel = Simd<T>::kPanel;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t p = 0; p < panels<T>(columns); ++p) {
+      const T* source = from + (p * panel_rows + r) * kPanel;
+      T* target = to + r * stride + p * kPanel;
+      const int64_t width = std::min(kPanel, columns - p * kPanel);
+      for (int64_t c = 0; c < width; ++c) target[c] = factor * source[c];
+    }
+  }
+}
+
+// ---- time buckets ---------------------------------------------------------------------------------------------------
+
+// Bucket of a distance without a logarithm. The leading bit and the three after it name a cell, narrower than any bucket,
+// so that a cell holds at most one threshold above its first value.
+class Buckets {
+ public:
+  Buckets(const int64_t* thresholds, int64_t count) : count_(count) {
+    int64_t base = 0;
+    for (int64_t cell = 0; cell < kCells; ++cell) {
+      const int64_t exponent = cell / 8;
+      // Smallest integer of the cell. Past 2^24 a conversion to float rounds up by less than 2^-24 of it.
+      uint64_t low = exponent < 3 ? ceil_div((8 + cell % 8) << exponent, 8) : uint64_t(8 + cell % 8) << (exponent - 3);
+      if (exponent >= 24) low -= low >> 24;
+      while (base < count && uint64_t(thresholds[base]) <= low) ++base;
+      const int64_t next = base < count ? thresholds[base] : INT64_MAX;
+      base_[cell] = static_cast<int32_t>(base);
+      next_[cell] = next;
+      next32_[cell] = static_cast<int32_t>(std::min<int64_t>(next, INT32_MAX));
+    }
+  }
+
+  // Any difference; wraps like int64 subtraction in PyTorch.
+  int32_t operator()(int64_t a, int64_t b) const {
+    int64_t d = static_cast<int64_t>(static_cast<uint64_t>(a) - static_cast<uint64_t>(b));
+    if (d < 0) d = static_cast<int64_t>(-static_cast<uint64_t>(d));
+    if (d <= 1) return 0;
+    if (d == INT64_MAX) return static_cast<int32_t>(count_);
+    const int exponent = 63 - __builtin_clzll(static_cast<uint64_t>(d));
+    const int64_t mantissa = (exponent >= 3 ? d >> (exponent - 3) : d << (3 - exponent)) & 7;
+    const int64_t cell = 8 * exponent + mantissa;
+    return base_[cell] + (d >= next_[cell]);
+  }
+
+  // Buckets of |time - times[j]|, all differences below 2^31 - 1.
+  void small(int32_t time, const int32_t* times, int64_t count, int32_t* buckets) const {
+    for (int64_t j = 0; j < count; ++j) {
+      const int32_t d = std::max(std::abs(time - times[j]), 1);
+      const float rounded = static_cast<float>(d);
+      int32_t bits;
+      std::memcpy(&bits, &rounded, sizeof(bits));
+      const int32_t cell = (bits >> 20) - (127 << 3);
+      buckets[j] = base_[cell] + (d >= next32_[cell]);
+    }
+  }
+
+ private:
+  static constexpr int64_t kCells = 63 * 8;
+  int64_t count_;
+  int32_t base_[kCells], next32_[kCells];
+  int64_t next_[kCells];
+};
+
+// ---- mask -----------------------------------------------------------------------------------------------------------
+
+// Keys one query sees: [low, high), and itself where that lies outside (own >= 0).
+struct Span {
+  int64_t low, high, own;
+};
+
+// Ids do not decrease along a row, so that every rule of the mask is a range of keys.
+class Mask {
+ public:
+  Mask(const Problem& p, int64_t row, int64_t length)
+      : length_(length),
+        shift_(p.contextual_seq_len > 0 ? p.contextual_seq_len - 1 : 0),
+        max_id_(length - shift_ - (p.num_targets != nullptr ? p.num_targets[row] : 0)),
+        has_targets_(p.num_targets != nullptr),
+        has_context_(p.contextual_seq_len > 0),
+        window_(p.max_attn_len),
+        full_(p.min_full_attn_seq_len) {}
+
+  Span operator()(int64_t position) const {
+    int64_t id = std::max<int64_t>(position - shift_, 0);
+    if (has_targets_) id = std::min(id, max_id_);
+    Span span{0, keys_below(id), -1};
+    const bool windowed = window_ > 0 && !(full_ > 0 && id >= max_id_ - full_);
+    if (windowed) span.low = keys_below(id - window_);
+    if (has_context_ && id == 0) span = {0, keys_below(max_id_), -1};
+    if (span.low >= span.high) return {position, position + 1, -1};
+    if (position == span.high) ++span.high;
+    if (position < span.low || position >= span.high) span.own = position;
+    return span;
+  }
+
+ private:
+  // How many keys of the row have an id below this one.
+  int64_t keys_below(int64_t id) const {
+    if (has_targets_ && max_id_ < id) return length_;
+    return id <= 0 ? 0 : std::min(length_, id + shift_);
+  }
+
+  int64_t length_, shift_, max_id_;
+  bool has_targets_, has_context_;
+  int64_t window_, full_;
+};
+
+// ---- tasks ----------------------------------------------------------------------------------------------------------
+
+struct Task {
+  int64_t row, head, first, count;  // queries [first, first + count) of the row's own, in order of position
+  int64_t cost;
+};
+
+// Queries of every jagged row, in order of position: `flat` indexes q and out, `position` is that in the row.
+class QueryPlan {
+ public:
+  explicit QueryPlan(const Problem& p) : offsets_(p.offsets), starts_(p.offsets), rows_(p.query_rows) {
+    if (rows_ == nullptr) return;
+    order_.resize(p.queries);
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return rows_[a] < rows_[b]; });
+    own_starts_.resize(p.batch + 1);
+    for (int64_t b = 0; b <= p.batch; ++b) {
+      const auto before = [&](int64_t query, int64_t offset) { return rows_[query] < offset; };
+      own_starts_[b] = std::lower_bound(order_.begin(), order_.end(), p.offsets[b], before) - order_.begin();
+    }
+    starts_ = own_starts_.data();
+  }
+
+  int64_t count(int64_t row) const { return starts_[row + 1] - starts_[row]; }
+  int64_t flat(int64_t row, int64_t i) const { return rows_ == nullptr ? starts_[row] + i : order_[starts_[row] + i]; }
+  int64_t position(int64_t row, int64_t i) const {
+    return rows_ == nullptr ? i : rows_[order_[starts_[row] + i]] - offsets_[row];
+  }
+
+ private:
+  const int64_t *offsets_, *starts_, *rows_;
+  std::vector<int64_t> order_, own_starts_;
+};
+
+// Memory of one thread, handed out in pieces that start at a cache line.
+class Arena {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = std::max<int64_t>(count, 1) * sizeof(T);
+    blocks_.emplace_back(static_cast<char*>(::operator new(bytes, std::align_val_t{64})));
+    return reinterpret_cast<T*>(blocks_.back().get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* block) const { ::operator delete(block, std::align_val_t{64}); }
+  };
+  std::vector<std::unique_ptr<char, Free>> blocks_;
+};
+
+// Gradients of the bias tables over one chunk of tasks, which share a head.
+struct TableSums {
+  double* position;  // (2n - 1,)
+  double* time;      // (num_buckets + 1, kCopies)
+};
+
+// ---- elementwise ----------------------------------------------------------------------------------------------------
+
+// exp to about 2 units in the last place. Fused steps, which the compiler may not reassociate; NaN stays NaN.
+inline float exponential(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float n = __builtin_rintf(x * 1.44269504f);
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float y = 1.9875691500e-4f;
+  y = std::fma(y, r, 1.3981999507e-3f);
+  y = std::fma(y, r, 8.3334519073e-3f);
+  y = std::fma(y, r, 4.1665795894e-2f);
+  y = std::fma(y, r, 1.6666665459e-1f);
+  y = std::fma(y, r, 5.0000001201e-1f);
+  y = std::fma(y, r * r, r + 1.0f);
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return y * power;
+}
+
+inline double exponential(double x) { return std::exp(x); }
+
+// scores := SiLU(alpha * scores + bias) * factor
+template <class T>
+void activate(int64_t count, T alpha, const T* __restrict bias, const T* __restrict factor, T* __restrict scores) {
+  for (int64_t j = 0; j < count; ++j) {
+    const T z = alpha * scores[j] + bias[j];
+    scores[j] = z * factor[j] / (T(1) + exponential(-z));
+  }
+}
+
+// The same, and grads (of the weights) become grads of alpha * scores + bias.
+template <class T>
+void activate_backward(int64_t count, T alpha, const T* __restrict bias, const T* __restrict factor,
+                       T* __restrict scores, T* __restrict grads) {
+  for (int64_t j = 0; j < count; ++j) {
+    const T z = alpha * scores[j] + bias[j];
+    const T gate = T(1) / (T(1) + exponential(-z));
+    const T scaled = gate * factor[j];
+    scores[j] = z * scaled;
+    grads[j] *= scaled + z * scaled * (T(1) - gate);
+  }
+}
+
+// ---- one (row, head) ------------------------------------------------------------------------------------------------
+
+// Everything a thread needs for a task, and the steps forward and backward share.
+template <class T>
+class Worker {
+ public:
+  Worker(const Problem& p, const QueryPlan& plan, const Buckets& buckets, int64_t longest, bool backward)
+      : p_(p), plan_(plan), bucket_of_(buckets) {
+    const int64_t padded = ceil_div(longest, kPanel) * kPanel;
+    key_columns_ = arena_.take<T>(padded * p.key_dim);
+    times_ = arena_.take<int32_t>(padded);
+    queries_ = arena_.take<T>(kQueries * p.key_dim);
+    scores_ = arena_.take<T>(kQueries * kKeys);
+    bias_ = arena_.take<T>(kKeys);
+    factor_ = arena_.take<T>(kKeys);
+    bucket_ = arena_.take<int32_t>(kKeys);
+    if (!backward) {
+      values_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * longest);
+      out_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * kQueries);
+      return;
+    }
+    value_columns_ = arena_.take<T>(padded * p.value_dim);
+    keys_ = arena_.take<T>(panels<T>(p.key_dim) * kPanel * longest);
+    grad_keys_ = arena_.take<T>(panels<T>(p.key_dim) * kPanel * longest);
+    grad_values_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * longest);
+    query_panels_ = arena_.take<T>(panels<T>(p.key_dim) * kPanel * kQueries);
+    grad_queries_ = arena_.take<T>(panels<T>(p.key_dim) * kPanel * kQueries);
+    grad_out_ = arena_.take<T>(p.value_dim * kQueries);
+    grad_out_panels_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * kQueries);
+    grads_ = arena_.take<T>(kQueries * kKeys);
+    diagonal_sums_ = arena_.take<T>(longest + kQueries);
+  }
+
+  void forward(const Task& task) {
+    begin(task);
+    const int64_t columns = panels<T>(p_.value_dim) * kPanel;
+    pack_columns(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, values_, length_);
+    for (int64_t first = task.first; first < task.first + task.count; first += kQueries) {
+      load_queries(task, first);
+      std::fill_n(out_, columns * kQueries, T(0));
+      for (int64_t key = 0; key < length_; key += kKeys) {
+        if (!enter_tile(key)) continue;
+        compute_scores(queries_, p_.key_dim, key_columns_, scores_);
+        for (int64_t i = 0; i < tile_rows_; ++i) {
+          for_segments(i, scores_, nullptr, [&](int64_t low, int64_t high) {
+            prepare(i, low, high);
+            activate<T>(high - low, T(p_.alpha), bias_, factor_, scores_ + i * kKeys + low);
+          });
+        }
+        for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
+          add_product<T, false>(rows, scores_ + i * kKeys + low, kKeys, values_ + (tile_key_ + low) * kPanel, length_,
+                                high - low, out_ + i * kPanel, kQueries, p_.value_dim);
+        });
+      }
+      for (int64_t i = 0; i < tile_rows_; ++i) {
+        T* target = static_cast<T*>(p_.out) + (flat_[i] * p_.heads + head_) * p_.value_dim;
+        unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), target, 0);
+      }
+    }
+  }
+
+  void backward(const Task& task, const TableSums& sums) {
+    begin(task);
+    pack_columns(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, keys_, length_);
+    pack_transposed(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, value_columns_);
+    std::fill_n(grad_keys_, panels<T>(p_.key_dim) * kPanel * length_, T(0));
+    std::fill_n(grad_values_, panels<T>(p_.value_dim) * kPanel * length_, T(0));
+    for (int64_t first = 0; first < task.count; first += kQueries) {
+      load_queries(task, first);
+      const int64_t start = flat_[0];
+      const T* grad_rows =
+          static_cast<const T*>(p_.grad_out) + start * p_.grad_out_stride + head_ * p_.value_dim;
+      for (int64_t i = 0; i < tile_rows_; ++i) {
+        std::copy_n(grad_rows + i * p_.grad_out_stride, p_.value_dim, grad_out_ + i * p_.value_dim);
+      }
+      pack_columns(queries_, p_.key_dim, tile_rows_, p_.key_dim, query_panels_, kQueries);
+      pack_columns(grad_out_, p_.value_dim, tile_rows_, p_.value_dim, grad_out_panels_, kQueries);
+      std::fill_n(grad_queries_, panels<T>(p_.key_dim) * kPanel * kQueries, T(0));
+      if (sums.position != nullptr) std::fill_n(diagonal_sums_, length_ + tile_rows_, T(0));
+      for (int64_t key = 0; key < length_; key += kKeys) {
+        if (enter_tile(key)) backward_tile(sums);
+      }
+      if (sums.position != nullptr) {
+        double* target = sums.position + p_.max_seq_len - 1 - (position_[0] + tile_rows_ - 1);
+        for (int64_t slot = 0; slot < length_ + tile_rows_ - 1; ++slot) target[slot] += diagonal_sums_[slot];
+      }
+      unpack(grad_queries_, kQueries, tile_rows_, p_.key_dim, T(p_.alpha),
+             static_cast<T*>(p_.grad_q) + (start * p_.heads + head_) * p_.key_dim, p_.heads * p_.key_dim);
+    }
+    const int64_t first_row = p_.offsets[row_] * p_.heads + head_;
+    unpack(grad_keys_, length_, length_, p_.key_dim, T(p_.alpha), static_cast<T*>(p_.grad_k) + first_row * p_.key_dim,
+           p_.heads * p_.key_dim);
+    unpack(grad_values_, length_, length_, p_.value_dim, T(1), static_cast<T*>(p_.grad_v) + first_row * p_.value_dim,
+           p_.heads * p_.value_dim);
+  }
+
+ private:
+  static constexpr int64_t kPanel = Simd<T>::kPanel;
+
+  const T* row_of(const void* data, int64_t stride, int64_t dim) const {
+    return static_cast<const T*>(data) + p_.offsets[row_] * stride + head_ * dim;
+  }
+
+  const T* table_of(const void* data, int64_t heads, int64_t length) const {
+    return data == nullptr ? nullptr : static_cast<const T*>(data) + (heads > 1 ? head_ * length : 0);
+  }
+
+  void begin(const Task& task) {
+    row_ = task.row;
+    head_ = task.head;
+    length_ = p_.offsets[row_ + 1] - p_.offsets[row_];
+    scale_ = p_.scales != nullptr ? static_cast<const T*>(p_.scales)[row_] : T(p_.scale);
+    positions_table_ = table_of(p_.position_weights, p_.position_heads, 2 * p_.max_seq_len - 1);
+    times_table_ = table_of(p_.time_weights, p_.time_heads, p_.num_buckets + 1);
+    pack_transposed(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, key_columns_);
+    if (times_table_ != nullptr) begin_times(task);
+  }
+
+  // Times of the row as 32-bit distances from its earliest, where all of them fit.
+  void begin_times(const Task& task) {
+    const int64_t* times = p_.key_times + p_.offsets[row_];
+    int64_t low = times[0], high = times[0];
+    for (int64_t j = 0; j < length_; ++j) {
+      low = std::min(low, times[j]);
+      high = std::max(high, times[j]);
+    }
+    for (int64_t i = task.first; i < task.first + task.count; ++i) {
+      const int64_t time = p_.query_times[plan_.flat(row_, i)];
+      low = std::min(low, time);
+      high = std::max(high, time);
+    }
+    earliest_ = low;
+    times_are_small_ = static_cast<uint64_t>(high) - static_cast<uint64_t>(low) < INT32_MAX;
+    if (!times_are_small_) return;
+    for (int64_t j = 0; j < length_; ++j) times_[j] = static_cast<int32_t>(times[j] - low);
+  }
+
+  void load_queries(const Task& task, int64_t first) {
+    const Mask mask(p_, row_, length_);
+    tile_rows_ = std::min(kQueries, task.first + task.count - first);
+    for (int64_t i = 0; i < tile_rows_; ++i) {
+      flat_[i] = plan_.flat(row_, first + i);
+      position_[i] = plan_.position(row_, first + i);
+      span_[i] = mask(position_[i]);
+      const T* source = static_cast<const T*>(p_.q) + flat_[i] * p_.q_stride + head_ * p_.key_dim;
+      std::copy_n(source, p_.key_dim, queries_ + i * p_.key_dim);
+      if (p_.dropout) {
+        const int64_t own = p_.query_rows != nullptr ? p_.query_rows[flat_[i]] : flat_[i];
+        const int64_t key = p_.row_keys != nullptr ? p_.row_keys[flat_[i]] : own;
+        token_[i] = gr::token_hash(static_cast<uint64_t>(p_.dropout_seed), static_cast<uint64_t>(key));
+      }
+    }
+  }
+
+  // Which keys of [key, key + kKeys) each block of queries needs; false where none does.
+  bool enter_tile(int64_t key) {
+    tile_key_ = key;
+    tile_keys_ = std::min(kKeys, length_ - key);
+    bool any = false;
+    for (int64_t i = 0; i < tile_rows_; i += kBlock) {
+      int64_t low = tile_keys_, high = 0;
+      for (int64_t r = i; r < std::min(i + kBlock, tile_rows_); ++r) {
+        const Span& span = span_[r];
+        const int64_t first = std::max(span.low, key) - key, last = std::min(span.high, key + tile_keys_) - key;
+        if (first < last) {
+          low = std::min(low, first);
+          high = std::max(high, last);
+        }
+        if (span.own >= key && span.own < key + tile_keys_) {
+          low = std::min(low, span.own - key);
+          high = std::max(high, span.own - key + 1);
+        }
+      }
+      block_low_[i / kBlock] = low;
+      block_high_[i / kBlock] = high;
+      any |= low < high;
+    }
+    return any;
+  }
+
+  // step(first query, queries, first key, end of keys) for each block of the tile that sees any key.
+  template <class Step>
+  void for_blocks(Step step) const {
+    for (int64_t i = 0; i < tile_rows_; i += kBlock) {
+      const int64_t low = block_low_[i / kBlock], high = block_high_[i / kBlock];
+      if (low < high) step(i, std::min(kBlock, tile_rows_ - i), low, high);
+    }
+  }
+
+  // to[query, key] = <left[query], columns[key]> for the whole panels that hold keys some query of the block sees.
+  void compute_scores(const T* left, int64_t depth, const T* columns, T* to) const {
+    for (int64_t first = 0; first < tile_keys_; first += kPanel) {
+      const T* panel = columns + (tile_key_ + first) * depth;
+      for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
+        if (first + kPanel <= low || first >= high) return;
+        product<T, 2, false, false>(rows, left + i * depth, depth, panel, depth, to + i * kKeys + first, kKeys);
+      });
+    }
+  }
+
+  // step(low, high) for each range of keys that query i sees in the tile; the rest of the row becomes zero.
+  template <class Step>
+  void for_segments(int64_t i, T* scores, T* grads, Step step) const {
+    const Span& span = span_[i];
+    const int64_t own = span.own - tile_key_;
+    const int64_t low = std::clamp<int64_t>(span.low - tile_key_, 0, tile_keys_);
+    const int64_t high = std::clamp<int64_t>(span.high - tile_key_, low, tile_keys_);
+    const bool has_own = span.own >= 0 && own >= 0 && own < tile_keys_;
+    if (low < high) step(low, high);
+    if (has_own) step(own, own + 1);
+    for (T* tile : {scores, grads}) {
+      if (tile == nullptr) continue;
+      T* row = tile + i * kKeys;
+      const T kept = has_own ? row[own] : T(0);
+      std::fill(row, row + low, T(0));
+      std::fill(row + high, row + tile_keys_, T(0));
+      if (has_own) row[own] = kept;
+    }
+  }
+
+  // Bias, buckets and factor of query i and keys [low, high) of the tile.
+  void prepare(int64_t i, int64_t low, int64_t high) {
+    const int64_t count = high - low, key = tile_key_ + low;
+    if (positions_table_ != nullptr) {
+      std::copy_n(positions_table_ + p_.max_seq_len - 1 + key - position_[i], count, bias_);
+    } else {
+      std::fill_n(bias_, count, T(0));
+    }
+    if (times_table_ != nullptr) {
+      const int64_t time = p_.query_times[flat_[i]];
+      if (times_are_small_) {
+        bucket_of_.small(static_cast<int32_t>(time - earliest_), times_ + key, count, bucket_);
+      } else {
+        const int64_t* times = p_.key_times + p_.offsets[row_] + key;
+        for (int64_t j = 0; j < count; ++j) bucket_[j] = bucket_of_(time, times[j]);
+      }
+      for (int64_t j = 0; j < count; ++j) bias_[j] += times_table_[bucket_[j]];
+    }
+    if (p_.dropout) {
+      const T kept = scale_ * T(p_.dropout_factor);
+      const uint32_t lane = static_cast<uint32_t>(head_ * p_.max_seq_len + key);
+      const uint32_t threshold = static_cast<uint32_t>(p_.dropout_threshold), token = token_[i];
+      for (int64_t j = 0; j < count; ++j) {
+        factor_[j] = gr::dropped(token, lane + static_cast<uint32_t>(j), threshold) ? T(0) : kept;
+      }
+    } else {
+      std::fill_n(factor_, count, scale_);
+    }
+  }
+
+  void backward_tile(const TableSums& sums) {
+    compute_scores(queries_, p_.key_dim, key_columns_, scores_);
+    compute_scores(grad_out_, p_.value_dim, value_columns_, grads_);
+    for (int64_t i = 0; i < tile_rows_; ++i) {
+      for_segments(i, scores_, grads_, [&](int64_t low, int64_t high) {
+        prepare(i, low, high);
+        T* grads = grads_ + i * kKeys + low;
+        activate_backward<T>(high - low, T(p_.alpha), bias_, factor_, scores_ + i * kKeys + low, grads);
+        if (sums.position != nullptr) {
+          T* target = diagonal_sums_ + tile_key_ + low + tile_rows_ - 1 - i;
+          for (int64_t j = 0; j < high - low; ++j) target[j] += grads[j];
+        }
+        if (sums.time != nullptr) {
+          for (int64_t j = 0; j < high - low; ++j) sums.time[bucket_[j] * kCopies + j % kCopies] += grads[j];
+        }
+      });
+    }
+    for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
+      add_product<T, false>(rows, grads_ + i * kKeys + low, kKeys, keys_ + (tile_key_ + low) * kPanel, length_,
+                            high - low, grad_queries_ + i * kPanel, kQueries, p_.key_dim);
+    });
+    for (int64_t key = 0; key < tile_keys_; key += kBlock) {
+      const int64_t keys = std::min(kBlock, tile_keys_ - key);
+      int64_t low = tile_rows_, high = 0;
+      for_blocks([&](int64_t i, int64_t rows, int64_t block_low, int64_t block_high) {
+        if (block_low >= key + keys || block_high <= key) return;
+        low = std::min(low, i);
+        high = i + rows;
+      });
+      if (low >= high) continue;
+      add_product<T, true>(keys, scores_ + low * kKeys + key, kKeys, grad_out_panels_ + low * kPanel, kQueries,
+                           high - low, grad_values_ + (tile_key_ + key) * kPanel, length_, p_.value_dim);
+      add_product<T, true>(keys, grads_ + low * kKeys + key, kKeys, query_panels_ + low * kPanel, kQueries, high - low,
+                           grad_keys_ + (tile_key_ + key) * kPanel, length_, p_.key_dim);
+    }
+  }
+
+  const Problem& p_;
+  const QueryPlan& plan_;
+  const Buckets& bucket_of_;
+  Arena arena_;
+
+  // The task.
+  int64_t row_ = 0, head_ = 0, length_ = 0, earliest_ = 0;
+  bool times_are_small_ = false;
+  T scale_ = T(0);
+  const T *positions_table_ = nullptr, *times_table_ = nullptr;
+  T *key_columns_, *value_columns_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+  T *grad_keys_ = nullptr, *grad_values_ = nullptr;
+  int32_t* times_;
+
+  // The tile of queries, and of keys within it.
+  int64_t tile_rows_ = 0, tile_key_ = 0, tile_keys_ = 0;
+  int64_t flat_[kQueries], position_[kQueries];
+  Span span_[kQueries];
+  uint32_t token_[kQueries];
+  int64_t block_low_[kQueries / kBlock], block_high_[kQueries / kBlock];
+  T *queries_, *scores_, *bias_, *factor_;
+  int32_t* bucket_;
+  T *out_ = nullptr, *query_panels_ = nullptr, *grad_queries_ = nullptr, *grad_out_ = nullptr;
+  T *grad_out_panels_ = nullptr, *grads_ = nullptr, *diagonal_sums_ = nullptr;
+};
+
+int64_t longest_row(const Problem& p) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, p.offsets[b + 1] - p.offsets[b]);
+  return longest;
+}
+
+Status check(const Problem& p) {
+  if (p.offsets[0] != 0 || p.offsets[p.batch] != p.total) return kBadOffsets;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.offsets[b + 1] < p.offsets[b]) return kBadOffsets;
+    if (p.offsets[b + 1] - p.offsets[b] > p.max_seq_len) return kRowTooLong;
+  }
+  for (int64_t i = 0; p.query_rows != nullptr && i < p.queries; ++i) {
+    if (p.query_rows[i] < 0 || p.query_rows[i] >= p.total) return kBadQueryRows;
+  }
+  return kOk;
+}
+
+template <class T>
+void forward(const Problem& p) {
+  // Long rows are cut, so that a single one still feeds every thread; packing its keys again is a small part of the work.
+  constexpr int64_t kPiece = 8 * kQueries;
+  const QueryPlan plan(p);
+  const Buckets buckets(p.thresholds, p.num_buckets);
+  std::vector<Task> tasks;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t count = plan.count(b), length = p.offsets[b + 1] - p.offsets[b];
+    const int64_t piece = count == 0 ? 1 : ceil_div(ceil_div(count, ceil_div(count, kPiece)), kQueries) * kQueries;
+    for (int64_t first = 0; first < count; first += piece) {
+      const int64_t size = std::min(piece, count - first);
+      for (int64_t h = 0; h < p.heads; ++h) tasks.push_back({b, h, first, size, size * length});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  const int64_t count = static_cast<int64_t>(tasks.size()), longest = longest_row(p);
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(p.threads, count)));
+#pragma omp parallel num_threads(threads)
+  {
+    Worker<T> worker(p, plan, buckets, longest, false);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < count; ++t) worker.forward(tasks[t]);
+  }
+}
+
+// Adds the chunks' sums in their order; tables shared by the heads take those of every head.
+template <class T>
+void reduce(const Problem& p, const std::vector<double>& sums, int64_t chunk_size, int64_t groups) {
+  const int64_t positions = 2 * p.max_seq_len - 1;
+  std::vector<double> total;
+  const auto add = [&](void* out, int64_t heads, int64_t length, int64_t start, int64_t copies) {
+    if (out == nullptr) return;
+    total.assign(heads * length, 0.0);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const double* part = sums.data() + (h * groups + g) * chunk_size + start;
+        double* target = total.data() + (heads > 1 ? h * length : 0);
+        for (int64_t i = 0; i < length * copies; ++i) target[i / copies] += part[i];
+      }
+    }
+    for (int64_t i = 0; i < heads * length; ++i) static_cast<T*>(out)[i] = static_cast<T>(total[i]);
+  };
+  add(p.grad_position, p.position_heads, positions, 0, 1);
+  add(p.grad_time, p.time_heads, p.num_buckets + 1, p.grad_position != nullptr ? positions : 0, kCopies);
+}
+
+template <class T>
+void backward(const Problem& p) {
+  const QueryPlan plan(p);
+  const Buckets buckets(p.thresholds, p.num_buckets);
+  std::vector<int64_t> order(p.batch);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return plan.count(a) > plan.count(b); });
+  // Chunk (head, group) takes every groups-th row of the sorted order: equal work, and the longest rows first.
+  const int64_t groups = std::max<int64_t>(1, std::min(p.batch, ceil_div(kChunks, p.heads)));
+  const int64_t chunks = p.heads * groups;
+  const int64_t positions = p.grad_position != nullptr ? 2 * p.max_seq_len - 1 : 0;
+  const int64_t chunk_size = positions + (p.grad_time != nullptr ? (p.num_buckets + 1) * kCopies : 0);
+  std::vector<double> sums(chunks * chunk_size);
+  const int64_t longest = longest_row(p);
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(p.threads, chunks)));
+#pragma omp parallel num_threads(threads)
+  {
+    Worker<T> worker(p, plan, buckets, longest, true);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t head = c % p.heads, group = c / p.heads;
+      double* own = sums.data() + (head * groups + group) * chunk_size;
+      const TableSums tables{positions > 0 ? own : nullptr, p.grad_time != nullptr ? own + positions : nullptr};
+      for (int64_t i = group; i < p.batch; i += groups) {
+        const int64_t row = order[i], length = plan.count(row);
+        if (length > 0) worker.backward({row, head, 0, length, 0}, tables);
+      }
+    }
+  }
+  reduce<T>(p, sums, chunk_size, groups);
+}
+
+}  // namespace
+
+// Both return a Status; is_double tells the type behind every void pointer of the problem.
+GR_EXPORT int64_t hstu_attention_forward(const Problem* problem, int64_t is_double) {
+  const Status status = check(*problem);
+  if (status == kOk) is_double ? forward<double>(*problem) : forward<float>(*problem);
+  return status;
+}
+
+GR_EXPORT int64_t hstu_attention_backward(const Problem* problem, int64_t is_double) {
+  const Status status = check(*problem);
+  if (status == kOk) is_double ? backward<double>(*problem) : backward<float>(*problem);
+  return status;
+}

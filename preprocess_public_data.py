@@ -1,0 +1,84 @@
+"""Prepare datasets: raw files to `<data_dir>/<dataset>/` (sequences.parquet, items.parquet, dataset.json).
+
+    python preprocess_public_data.py                                    # ml-1m, ml-20m and amzn-books
+    python preprocess_public_data.py --dataset=ml-1m [--raw=ml-1m.zip]  # a zip or folder that is already here
+    python preprocess_public_data.py --dataset=synthetic
+    python preprocess_public_data.py --dataset=custom --raw=events.csv --user_column=customer --timestamp_column=time
+
+Exit status: 0 all prepared (or already there), 2 with one line for every dataset that failed.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from generative_recommenders.data import sources
+from generative_recommenders.data.preprocess import Prepared, prepare
+from generative_recommenders.errors import EXIT_USER_ERROR, UserError, one_line, run_cli
+
+PUBLIC = ("ml-1m", "ml-20m", "amzn-books")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; options that belong to one source are absent from the result unless given."""
+    result = argparse.ArgumentParser(description="Prepare datasets for training.", argument_default=argparse.SUPPRESS)
+    result.add_argument("--dataset", default=None, help=f"one of {', '.join(sources.names())}; default: {', '.join(PUBLIC)}")
+    result.add_argument("--raw", type=Path, default=None, help="raw file, zip or folder; default: download")
+    result.add_argument("--data_dir", type=Path, default=Path("tmp"), help="where <dataset>/ is written; default: tmp")
+    result.add_argument("--name", default=None, help="name of the prepared dataset; default: that of the dataset")
+    result.add_argument("--csv", action="store_true", default=False, help="also write sasrec_format.csv")
+    result.add_argument("--force", action="store_true", default=False, help="prepare again what is already there")
+    custom = result.add_argument_group("custom data")
+    custom.add_argument("--user_column", help="default: user_id")
+    custom.add_argument("--item_column", help="default: item_id")
+    custom.add_argument("--timestamp_column", help="default: timestamp (seconds, or ISO 8601)")
+    custom.add_argument("--rating_column", help="default: rating if there is one, else all ratings are 1")
+    custom.add_argument("--items", type=Path, help="table of items: item column, titles and perhaps text, categories")
+    custom.add_argument("--title_column", help="column of --items; default: title")
+    custom.add_argument("--string_ids", action="store_true", help="take ids as text even where most are integers")
+    synthetic = result.add_argument_group("synthetic data")
+    synthetic.add_argument("--synthetic_users", type=int)
+    synthetic.add_argument("--synthetic_items", type=int)
+    synthetic.add_argument("--synthetic_seed", type=int)
+    return result
+
+
+def main() -> int:
+    """Prepare what the command line asks for; see the module's docstring."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = vars(parser().parse_args())
+    dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")
+    name, csv, force = options.pop("name"), options.pop("csv"), options.pop("force")
+    if dataset is None and (raw is not None or name is not None or options):
+        raise UserError("--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME")
+    command = shlex.join(["python", *sys.argv])
+    status = 0
+    for wanted in PUBLIC if dataset is None else (dataset,):
+        started = time.perf_counter()
+        try:
+            source = sources.get(wanted).with_options(**options)
+            done = prepare(source, raw=raw, data_dir=data_dir, name=name, csv=csv, force=force, command=command)
+        except UserError as error:
+            sys.stderr.write(f"error: {one_line(error)}\n")
+            status = EXIT_USER_ERROR
+        else:
+            sys.stdout.write(summary(done, time.perf_counter() - started) + "\n")
+    return status
+
+
+def summary(done: Prepared, elapsed: float) -> str:
+    """One line on a prepared dataset."""
+    if not done.written:
+        return f"{done.path}: already prepared from the same files, nothing to do (--force prepares it again)"
+    counts = done.metadata["counts"]
+    return (
+        f"{done.path}: {counts['users']:,} users, {counts['items_rated']:,} rated of {counts['items_listed']:,} items, "
+        f"{counts['events']:,} events in {elapsed:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,24 @@
+"""Fixtures shared by all tests. Everything runs on a CPU; real data and golden vectors are used where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Set to a folder with data/ and golden/ to run the tests on real data; by default it is looked for beside the repository.
+SHARED = Path(os.environ.get("GR_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent: set GR_SHARED to run on real data")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden_dir(shared_dir: Path) -> Path:
+    return shared_dir / "golden"
