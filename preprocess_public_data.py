@@ -25,7 +25,9 @@ PUBLIC = ("ml-1m", "ml-20m", "amzn-books")
 def parser() -> argparse.ArgumentParser:
     """The command line; options that belong to one source are absent from the result unless given."""
     result = argparse.ArgumentParser(description="Prepare datasets for training.", argument_default=argparse.SUPPRESS)
-    result.add_argument("--dataset", default=None, help=f"one of {', '.join(sources.names())}; default: {', '.join(PUBLIC)}")
+    result.add_argument(
+        "--dataset", default=None, help=f"one of {', '.join(sources.names())}; default: {', '.join(PUBLIC)}"
+    )
     result.add_argument("--raw", type=Path, default=None, help="raw file, zip or folder; default: download")
     result.add_argument("--data_dir", type=Path, default=Path("tmp"), help="where <dataset>/ is written; default: tmp")
     result.add_argument("--name", default=None, help="name of the prepared dataset; default: that of the dataset")
@@ -53,7 +55,9 @@ def main() -> int:
     dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")
     name, csv, force = options.pop("name"), options.pop("csv"), options.pop("force")
     if dataset is None and (raw is not None or name is not None or options):
-        raise UserError("--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME")
+        raise UserError(
+            "--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME"
+        )
     command = shlex.join(["python", *sys.argv])
     status = 0
     for wanted in PUBLIC if dataset is None else (dataset,):

@@ -6,12 +6,13 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.folders import write_failure
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +47,28 @@ def download(
     """
     part = target.with_name(target.name + ".part")
     failures: list[str] = []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(write_failure(target.parent, error)) from error
     for url in urls:
         for attempt in range(attempts):
             if attempt:
                 time.sleep(pause * 2 ** (attempt - 1))
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
                 _continue(url, part, timeout, progress)
                 part.replace(target)
                 return
             except _Refused as error:
                 failures.append(f"{url}: {error}")
                 break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 logger.info("download of %s, attempt %d of %d: %s", url, attempt + 1, attempts, error)
                 if attempt == attempts - 1:
                     failures.append(f"{url}: {error} after {attempts} attempts")
-            except OSError as error:
-                raise DataError(f"{part}: cannot write the download ({error}); free space or change --data_dir") from error
-        # Another address may serve another file: never continue one with the other.
-        if url != urls[-1]:
-            part.unlink(missing_ok=True)
-    raise DataError(f"download failed: {'; '.join(failures)}; fetch the file by other means and name it with --raw=FILE")
+    raise DataError(
+        f"download failed: {'; '.join(failures)}; fetch the file by other means and name it with --raw=FILE"
+    )
 
 
 def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
@@ -92,15 +93,26 @@ def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
-        with (
-            part.open("ab" if have else "wb") as file,
-            tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None if progress else True
-            ) as bar,
-        ):
-            while chunk := response.read(_CHUNK_BYTES):
-                file.write(chunk)
-                bar.update(len(chunk))
+        # None hides the bar where stderr is no terminal.
+        disable = None if progress else True
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=disable) as bar:
+            _append(part, iter(lambda: response.read(_CHUNK_BYTES), b""), bar, fresh=not have)
     received = part.stat().st_size
     if total is not None and received != total:
         raise ConnectionError(f"connection closed after {received} of {total} bytes")
+
+
+def _append(part: Path, chunks: Iterator[bytes], bar: tqdm, *, fresh: bool) -> None:
+    """Write `chunks` to `part`; a failing disk is the user's to mend, a failing network is left to the next try."""
+    try:
+        file = part.open("wb" if fresh else "ab")
+    except OSError as error:
+        raise DataError(write_failure(part, error)) from error
+    with file:
+        for chunk in chunks:
+            try:
+                file.write(chunk)
+                file.flush()
+            except OSError as error:
+                raise DataError(write_failure(part, error)) from error
+            bar.update(len(chunk))

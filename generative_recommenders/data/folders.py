@@ -1,7 +1,7 @@
 """Folders that appear complete or not at all.
 
-Content is written into `<folder>.partial-<pid>`, which then takes the folder's name by one rename. Where an older folder
-is in the way Linux exchanges the two names in one step, so that a process killed at any moment leaves one of them.
+Content is written into `<folder>.partial-<pid>`, which then takes the folder's name by one rename. Where an older
+folder is in the way Linux exchanges the two names in one step, so that a process killed at any moment leaves one.
 """
 
 import ctypes

@@ -70,6 +70,8 @@ def prepare(
             then as it was before the call.
     """
     name = name or source.name
+    if Path(name).name != name:
+        raise DataError(f"--name: got {name!r}, expected a plain folder name; choose the place with --data_dir")
     folder = data_dir / name
     files: RawFiles | None = None
     if source.needs_files:
@@ -119,7 +121,7 @@ def user_order(user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
 
 
 def sequences_table(events: RawEvents) -> pa.Table:
-    """One row a user, sorted by user id: `user_id`, then list columns with the oldest event first, then user columns."""
+    """One row a user, sorted by user id: `user_id`, list columns with the oldest event first, and the user columns."""
     order = user_order(events.user_ids, events.timestamps)
     users = events.user_ids[order]
     starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))

@@ -68,7 +68,7 @@ class RawFiles:
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
             raise DataError(f"{self.where(name)}: truncated or damaged ({error}); download it again") from error
         if buffer.size == 0:
-            raise DataError(f"{self.where(name)}: got an empty file, expected events or items; download it again")
+            raise DataError(f"{self.where(name)}: got an empty file, expected events or items; get the file again")
         digest = hashlib.sha256(buffer).hexdigest()
         expected = self._expected.get(name)
         if expected is not None and digest != expected:

@@ -1,7 +1,7 @@
 """Synthetic users with drifting interests, and how well anybody could predict them.
 
-Items belong to categories and have a Zipf popularity within theirs; every item has a few follow-ups (the next volume, the
-fitting accessory). The next item of a user depends on nothing but the items seen so far, h = (i_1 .. i_t):
+Items belong to categories and have a Zipf popularity within theirs; every item has a few follow-ups (the next volume,
+the fitting accessory). The next item of a user depends on nothing but the items seen so far, h = (i_1 .. i_t):
 
     q(j | h)  =  p_follow * follow(j | i_t)  +  (1 - p_follow) * g_h(cat(j)) * popularity(j | cat(j))
     g_h       =  (1 - explore) * (z_h / sum z_h) @ drift  +  explore / C        z_h = sum_s decay^(t-s) onehot(cat(i_s))
@@ -57,7 +57,9 @@ class SyntheticConfig:
         if self.num_users < 1:
             raise DataError(f"synthetic num_users: got {self.num_users}, expected 1 or more")
         if not 1 <= self.num_categories <= self.num_items:
-            raise DataError(f"synthetic num_categories: got {self.num_categories}, expected 1 to {self.num_items} (items)")
+            raise DataError(
+                f"synthetic num_categories: got {self.num_categories}, expected 1 to {self.num_items} (items)"
+            )
         if not 3 <= self.min_length <= self.mean_length <= self.max_length:
             raise DataError(
                 f"synthetic lengths: got {self.min_length}, {self.mean_length}, {self.max_length}, "

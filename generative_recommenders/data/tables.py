@@ -70,7 +70,9 @@ def check_no_missing(table: pa.Table, where: str) -> None:
         missing = pc.is_null(column, nan_is_null=True)
         if pc.any(missing).as_py():
             row = int(np.argmax(to_numpy(missing))) + 1
-            raise DataError(f"{where}, row {row}, column {name}: got an empty or NaN cell, expected a value; fix the row")
+            raise DataError(
+                f"{where}, row {row}, column {name}: got an empty or NaN cell, expected a value; fix the row"
+            )
 
 
 def encoded(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

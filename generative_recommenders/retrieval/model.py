@@ -60,8 +60,9 @@ class RetrievalModel(nn.Module):
             states_TD = self.encoder(self.encoder.input(batch, self.items, draws), batch, draws)
         return self.output(states_TD.float() if self.encoder_bf16 else states_TD)
 
+    @torch.no_grad()
     def last_queries(self, batch: SequenceBatch) -> Tensor:
-        """Post-processed states after each row's last event, (B, D); every row must hold an event."""
+        """Post-processed states after each row's last event, (B, D), without gradient; every row must hold an event."""
         with self._autocast(batch):
             states_BD = self.encoder.last_states(self.encoder.input(batch, self.items, None), batch)
         return self.output(states_BD.float() if self.encoder_bf16 else states_BD)

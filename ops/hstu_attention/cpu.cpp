@@ -15,6 +15,10 @@
 #include <numeric>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "counter_random.h"
 
 #define GR_EXPORT extern "C" __attribute__((visibility("default")))
@@ -69,7 +73,8 @@ void block_product(const T* a, int64_t a_stride, const T* panel, int64_t depth, 
   Vector sum[R][kVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vector right[kVectors];
-    std::memcpy(right, panel + d * Simd<T>::kPanel, sizeof(right));
+#pragma GCC unroll 2
+    for (int n = 0; n < kVectors; ++n) std::memcpy(&right[n], panel + d * Simd<T>::kPanel + n * kLanes, sizeof(Vector));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const T left = kTransposed ? a[d * a_stride + r] : a[r * a_stride + d];
@@ -172,6 +177,8 @@ void unpack(const T* from, int64_t panel_rows, int64_t count, int64_t columns, T
 // so that a cell holds at most one threshold above its first value.
 class Buckets {
  public:
+  static constexpr int64_t kPadding = 8;
+
   Buckets(const int64_t* thresholds, int64_t count) : count_(count) {
     int64_t base = 0;
     for (int64_t cell = 0; cell < kCells; ++cell) {
@@ -199,9 +206,24 @@ class Buckets {
     return base_[cell] + (d >= next_[cell]);
   }
 
-  // Buckets of |time - times[j]|, all differences below 2^31 - 1.
+  // Buckets of |time - times[j]|, all differences below 2^31 - 1. Works in whole vectors: `times` and `buckets` have
+  // kPadding more elements than count.
   void small(int32_t time, const int32_t* times, int64_t count, int32_t* buckets) const {
-    for (int64_t j = 0; j < count; ++j) {
+    int64_t j = 0;
+#ifdef __AVX2__
+    const __m256i times8 = _mm256_set1_epi32(time), one = _mm256_set1_epi32(1), shift = _mm256_set1_epi32(127 << 3);
+    for (; j < count; j += 8) {
+      const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(times + j));
+      const __m256i d = _mm256_max_epi32(_mm256_abs_epi32(_mm256_sub_epi32(times8, other)), one);
+      const __m256i bits = _mm256_castps_si256(_mm256_cvtepi32_ps(d));
+      const __m256i cell = _mm256_sub_epi32(_mm256_srli_epi32(bits, 20), shift);
+      const __m256i base = _mm256_i32gather_epi32(base_, cell, 4), next = _mm256_i32gather_epi32(next32_, cell, 4);
+      // A comparison is -1 where true: base + 1 - (next > d).
+      const __m256i bucket = _mm256_add_epi32(_mm256_add_epi32(base, one), _mm256_cmpgt_epi32(next, d));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buckets + j), bucket);
+    }
+#endif
+    for (; j < count; ++j) {
       const int32_t d = std::max(std::abs(time - times[j]), 1);
       const float rounded = static_cast<float>(d);
       int32_t bits;
@@ -342,6 +364,22 @@ inline float exponential(float x) {
 
 inline double exponential(double x) { return std::exp(x); }
 
+// to[j] += table[index[j]]; whole vectors, so that both arrays have Buckets::kPadding more elements than count.
+inline void add_looked_up(const float* table, const int32_t* index, int64_t count, float* to) {
+  int64_t j = 0;
+#ifdef __AVX2__
+  for (; j < count; j += 8) {
+    const __m256 found = _mm256_i32gather_ps(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + j)), 4);
+    _mm256_storeu_ps(to + j, _mm256_add_ps(_mm256_loadu_ps(to + j), found));
+  }
+#endif
+  for (; j < count; ++j) to[j] += table[index[j]];
+}
+
+inline void add_looked_up(const double* table, const int32_t* index, int64_t count, double* to) {
+  for (int64_t j = 0; j < count; ++j) to[j] += table[index[j]];
+}
+
 // scores := SiLU(alpha * scores + bias) * factor
 template <class T>
 void activate(int64_t count, T alpha, const T* __restrict bias, const T* __restrict factor, T* __restrict scores) {
@@ -374,12 +412,13 @@ class Worker {
       : p_(p), plan_(plan), bucket_of_(buckets) {
     const int64_t padded = ceil_div(longest, kPanel) * kPanel;
     key_columns_ = arena_.take<T>(padded * p.key_dim);
-    times_ = arena_.take<int32_t>(padded);
+    times_ = arena_.take<int32_t>(padded + Buckets::kPadding);
+    std::fill_n(times_, padded + Buckets::kPadding, 0);
     queries_ = arena_.take<T>(kQueries * p.key_dim);
     scores_ = arena_.take<T>(kQueries * kKeys);
-    bias_ = arena_.take<T>(kKeys);
+    bias_ = arena_.take<T>(kKeys + Buckets::kPadding);
     factor_ = arena_.take<T>(kKeys);
-    bucket_ = arena_.take<int32_t>(kKeys);
+    bucket_ = arena_.take<int32_t>(kKeys + Buckets::kPadding);
     if (!backward) {
       values_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * longest);
       out_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * kQueries);
@@ -600,7 +639,7 @@ class Worker {
         const int64_t* times = p_.key_times + p_.offsets[row_] + key;
         for (int64_t j = 0; j < count; ++j) bucket_[j] = bucket_of_(time, times[j]);
       }
-      for (int64_t j = 0; j < count; ++j) bias_[j] += times_table_[bucket_[j]];
+      add_looked_up(times_table_, bucket_, count, bias_);
     }
     if (p_.dropout) {
       const T kept = scale_ * T(p_.dropout_factor);

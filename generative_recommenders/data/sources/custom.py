@@ -1,8 +1,8 @@
 """Events of one's own: a CSV or Parquet file with user, item and time columns, and perhaps a rating.
 
 Raw ids may be integers or text; they become 1..n in sorted order (numerically where all are integers) and are kept as
-`raw_id` and `raw_user_id`. Times are seconds, or ISO 8601 dates, which are taken as UTC where they name no zone. An item
-table may add titles, texts, categories and items that nobody has rated.
+`raw_id` and `raw_user_id`. Times are seconds, or ISO 8601 dates, which are taken as UTC where they name no zone. An
+item table may add titles, texts, categories and items that nobody has rated.
 """
 
 import hashlib
@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source, item_text
-from generative_recommenders.data.tables import NUMBER, check_no_missing, column_names, encoded, read_delimited, to_numpy
+from generative_recommenders.data.tables import (
+    NUMBER,
+    check_no_missing,
+    column_names,
+    encoded,
+    read_delimited,
+    to_numpy,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +46,7 @@ class CustomSource(Source):
 
     Attributes:
         rating_column: None takes the column `rating` where there is one; without ratings all are 1.
-        items: optional table with `item_column`, and any of `title_column`, `text`, `categories` (joined by `|` in CSV).
+        items: optional table of `item_column` and any of `title_column`, `text`, `categories` (in CSV joined by `|`).
         string_ids: take ids as text even where nearly all are integers.
     """
 
@@ -78,17 +85,21 @@ class CustomSource(Source):
         if rating is not None:
             kinds[rating] = pa.float32()
         events = file.read(kinds)
+        times, fractions = seconds(events[self.timestamp_column], file.where, self.timestamp_column)
         users = _Ids(events[self.user_column], file.where, self.user_column)
         items = _Ids(events[self.item_column], file.where, self.item_column)
         table = self._item_table()
         listed = encoded(table[self.item_column])[1].cast(pa.string()) if table is not None else None
         user_names = users.sorted_names(self.string_ids)
         item_names = items.sorted_names(self.string_ids, listed)
+        ratings = to_numpy(events[rating]) if rating else np.ones(events.num_rows, dtype=np.float32)
+        # Only whole seconds are stored; the order inside a second lives on in the order of the events.
+        order = slice(None) if fractions is None else np.lexsort((fractions, times))
         return RawEvents(
-            user_ids=users.ranks(user_names),
-            item_ids=items.ranks(item_names),
-            ratings=to_numpy(events[rating]) if rating else np.ones(events.num_rows, dtype=np.float32),
-            timestamps=seconds(events[self.timestamp_column], file.where, self.timestamp_column),
+            user_ids=users.ranks(user_names)[order],
+            item_ids=items.ranks(item_names)[order],
+            ratings=ratings[order],
+            timestamps=times[order],
             items=self._catalogue(item_names, table),
             users=pa.table({"user_id": np.arange(1, len(user_names) + 1), "raw_user_id": user_names}),
         )
@@ -176,7 +187,9 @@ class _TableFile:
             if kind == pa.float32():
                 got = table[name].type
                 if not (pa.types.is_integer(got) or pa.types.is_floating(got)):
-                    raise DataError(f"{self.where}, column {name}: got type {got}, expected numbers; convert the column")
+                    raise DataError(
+                        f"{self.where}, column {name}: got type {got}, expected numbers; convert the column"
+                    )
                 table = table.set_column(index, name, table[name].cast(pa.float32(), safe=False))
         return table
 
@@ -187,7 +200,9 @@ class _Ids:
     def __init__(self, column: pa.ChunkedArray, where: str, name: str) -> None:
         kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f"{where}, column {name}: got type {kind}, expected integer or text ids; convert the column")
+            raise DataError(
+                f"{where}, column {name}: got type {kind}, expected integer or text ids; convert the column"
+            )
         self._codes, values = encoded(column)
         self._values = values.cast(pa.string())
         self._where, self._name = where, name
@@ -218,9 +233,11 @@ class _Ids:
         )
 
 
-def seconds(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
-    """int64 (E,): whole seconds of a column of numbers, times, dates or ISO 8601 texts.
+def seconds(column: pa.ChunkedArray, where: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Times of a column of numbers, times, dates or ISO 8601 texts.
 
+    Returns:
+        int64 (E,), whole seconds rounded down, and (E,) what was rounded away, or None where that is nothing.
     Raises:
         DataError: a cell is none of these, with its row.
     """
@@ -229,22 +246,23 @@ def seconds(column: pa.ChunkedArray, where: str, name: str) -> np.ndarray:
         column = _parsed_times(column, where, name)
         kind = column.type
     if pa.types.is_integer(kind):
-        values = to_numpy(column).astype(np.int64)
+        values, fractions = to_numpy(column).astype(np.int64), None
     elif pa.types.is_floating(kind):
         floats = to_numpy(column).astype(np.float64)
-        if not np.isfinite(floats).all():
-            row = int(np.argmin(np.isfinite(floats))) + 1
-            raise DataError(f"{where}, row {row}, column {name}: got {floats[row - 1]}, expected seconds; fix the row")
+        finite = np.isfinite(floats)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise DataError(f"{where}, row {row + 1}, column {name}: got {floats[row]}, expected seconds; fix the row")
         values = np.floor(floats).astype(np.int64)
-    elif pa.types.is_timestamp(kind):
-        values = to_numpy(column.cast(pa.timestamp("ns", kind.tz)).cast(pa.int64())) // 1_000_000_000
-    elif pa.types.is_date(kind):
-        values = to_numpy(column.cast(pa.timestamp("s")).cast(pa.int64()))
+        fractions = floats - values
+    elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        exact = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
+        values, fractions = np.divmod(to_numpy(exact.cast(pa.int64())), 1_000_000)
     else:
-        raise DataError(f"{where}, column {name}: got type {kind}, expected seconds or ISO 8601 times; convert the column")
+        raise DataError(f"{where}, column {name}: got type {kind}, expected seconds or ISO 8601 times; convert it")
     if values.min() >= _MILLISECONDS_FROM:
-        logger.warning("%s, column %s: values such as %d look like milliseconds, seconds are expected", where, name, values[0])
-    return values
+        logger.warning("%s, column %s: %d looks like milliseconds, expected seconds", where, name, values[0])
+    return values, fractions if fractions is not None and fractions.any() else None
 
 
 def _parsed_times(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:

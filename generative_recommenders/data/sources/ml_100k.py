@@ -19,7 +19,7 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import whole_folder
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source
-from generative_recommenders.data.sources.ml_1m import codes, movie_table, parse_ids
+from generative_recommenders.data.sources.ml_1m import codes, movie_table
 from generative_recommenders.data.tables import read_delimited, to_numpy
 
 logger = logging.getLogger(__name__)

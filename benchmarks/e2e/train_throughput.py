@@ -1,0 +1,126 @@
+"""Training and evaluation speed on one dataset and config, ours against a naive padded step, in one run.
+
+    python benchmarks/e2e/train_throughput.py --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin
+
+Prints the median step of both on the same batches, seconds an epoch, seconds an evaluation of all users, and the ratios;
+appends a row to benchmarks/results/train_throughput.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.e2e.naive_padded import NaivePadded
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.config import load
+from generative_recommenders.data.dataset import PreparedDataset
+from generative_recommenders.distributed.runtime import runtime
+from generative_recommenders.retrieval.assemble import (
+    Plan,
+    Splits,
+    build_model,
+    evaluation_loader,
+    training_counts,
+    training_loader,
+)
+from generative_recommenders.evaluation.retrieval import evaluate
+from generative_recommenders.training.optim import adamw
+from generative_recommenders.training.reporting import environment
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "train_throughput.csv"
+
+
+def timed(steps: list[Callable[[], Any]], warmup: int, device: torch.device) -> list[float]:
+    seconds = []
+    for number, step in enumerate(steps):
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= warmup:
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def train_step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss().backward()
+    optimizer.step()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--gin_config_file", default="configs/ml-1m/hstu-sampled-softmax-n128-final.gin")
+    parser.add_argument("--gin_bindings", action="append", default=[])
+    parser.add_argument("--data_dir", default="tmp")
+    parser.add_argument("--steps", type=int, default=48, help="our steps; the naive version runs a sixth of them")
+    parser.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True)
+    arguments = parser.parse_args()
+    plan = Plan.of(load([arguments.gin_config_file], arguments.gin_bindings))
+    dataset = PreparedDataset.load(arguments.data_dir, plan.experiment.dataset_name)
+    splits = Splits.of(plan.experiment, dataset)
+    with runtime() as here:
+        counts = training_counts(dataset, splits.train.ignore_last_n)
+        model = build_model(plan, dataset.catalog.item_ids, counts).to(here.device)
+        optimizer = adamw(model, plan.experiment.learning_rate, plan.experiment.weight_decay)
+        loader = training_loader(plan, splits.train, 0, 1)
+        batches = [b.to(here.device) for b, _ in zip(loader.epoch(0), range(arguments.steps), strict=False)]
+        steps_an_epoch = len(loader)
+
+        def ours(batch: SequenceBatch, number: int) -> Callable[[], None]:
+            return lambda: train_step(lambda: model(batch, number)[0], optimizer)
+
+        row: dict[str, Any] = {"config": arguments.gin_config_file, "batch": plan.experiment.local_batch_size}
+        step = statistics.median(timed([ours(b, i) for i, b in enumerate(batches)], 2, here.device))
+        collate = statistics.median(timed([lambda i=i: loader._collate(loader.order(0), 0, i) for i in range(20)], 2, here.device))
+        row |= {"step_ms": step * 1e3, "collate_ms": collate * 1e3, "epoch_s": (step + collate) * steps_an_epoch}
+
+        def evaluation() -> float:
+            batches = evaluation_loader(plan, splits.test, 0, 1).epoch(0)
+            return evaluate(model, batches, here).seconds
+
+        row["eval_s"] = statistics.median([evaluation() for _ in range(4)][1:])
+        if arguments.naive and plan.experiment.main_module == "HSTU" and here.device.type == "cpu":
+            naive = NaivePadded(model, plan.experiment)
+            few = batches[: max(4, arguments.steps // 6)]
+            steps = [lambda b=b: train_step(lambda: naive.loss(b), optimizer) for b in few]
+            row["naive_step_ms"] = statistics.median(timed(steps, 1, here.device)) * 1e3
+            held_out = evaluation_loader(plan, splits.test, 0, 1)
+            users = [b for b, _ in zip(held_out.epoch(0), range(5), strict=False)]
+            model.eval()
+            seconds = statistics.median(timed([lambda b=b: naive.ranks(b) for b in users], 1, here.device))
+            row["naive_eval_s"] = seconds * len(splits.test) / users[0].size
+            row["train_ratio"] = row["naive_step_ms"] / row["step_ms"]
+            row["eval_ratio"] = row["naive_eval_s"] / row["eval_s"]
+        row |= environment(here.device) | {"date": time.strftime("%Y-%m-%d")}
+    for name, value in row.items():
+        sys.stdout.write(f"{name:16} {value:.3f}\n" if isinstance(value, float) else f"{name:16} {value}\n")
+    append(RESULTS, row)
+    return 0
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a csv, widening its header where the row has new columns."""
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()})
+    columns = list(dict.fromkeys(name for r in rows for name in r))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

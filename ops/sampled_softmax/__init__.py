@@ -1,0 +1,80 @@
+"""Sampled softmax: cross-entropy of a positive item against R sampled negatives a token.
+
+With o a query, E the item table, n(v) = v / max(|v|, eps) if `l2_norm` else v, and tau the temperature:
+
+    s+ = <o, n(E[y])> / tau - log q(y)        s-_r = <o, n(E[neg_r])> / tau - log q(neg_r)
+    s-_r := -5e4 where neg_r == y             loss = logsumexp(s+, s-_1 .. s-_R) - s+
+
+The log q terms are absent without `item_log_q`; with the log of the sampling probabilities they make the sampled loss an
+estimate of the full softmax (Bengio & Senecal 2008; Yi et al., RecSys 2019). The mask comes after the temperature, as in
+the published HSTU code; unlike there, ids never pass through a float.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ops.dispatch import Implementation, Op
+from ops.sampled_softmax import cpu, reference
+
+__all__ = ["sampled_softmax_loss"]
+
+_sampled_softmax = Op(
+    "sampled_softmax",
+    reference.sampled_softmax_loss,
+    {"cpu": Implementation(cpu.sampled_softmax_loss, cpu.refuses)},
+)
+
+
+def sampled_softmax_loss(
+    queries_TD: torch.Tensor,
+    table_VD: torch.Tensor,
+    positive_ids_T: torch.Tensor,
+    negative_ids_TR: torch.Tensor,
+    *,
+    temperature: float,
+    l2_norm: bool = False,
+    eps: float = 1e-6,
+    item_log_q: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Loss of each token, (T,), unreduced; float32, or float64 where an input is. Dense gradients to queries and table.
+
+    queries_TD and table_VD: any float dtype. positive_ids_T, negative_ids_TR: int64 in [0, V); R may be 0. item_log_q: (V,)
+    natural-log probabilities, a constant. The gradient of the table does not depend on the number of threads.
+    Raises ValueError for a temperature that is not positive or shapes that do not fit, IndexError for ids outside the table.
+    """
+    _check(queries_TD, table_VD, positive_ids_T, negative_ids_TR, temperature, item_log_q)
+    losses_T: torch.Tensor = _sampled_softmax(
+        queries_TD,
+        table_VD,
+        positive_ids_T,
+        negative_ids_TR,
+        float(temperature),
+        l2_norm,
+        float(eps),
+        item_log_q,
+        backend=backend,
+    )
+    return losses_T
+
+
+def _check(
+    queries_TD: torch.Tensor,
+    table_VD: torch.Tensor,
+    positive_ids_T: torch.Tensor,
+    negative_ids_TR: torch.Tensor,
+    temperature: float,
+    item_log_q: torch.Tensor | None,
+) -> None:
+    if not temperature > 0:
+        raise ValueError(f"sampled_softmax temperature: got {temperature}, expected a positive number; try 0.05")
+    tokens = queries_TD.shape[0]
+    shapes = [tuple(x.shape) for x in (queries_TD, table_VD, positive_ids_T, negative_ids_TR)]
+    fits = queries_TD.dim() == 2 and table_VD.dim() == 2 and negative_ids_TR.dim() == 2
+    if not fits or queries_TD.shape[1] != table_VD.shape[1] or shapes[2] != (tokens,) or shapes[3][0] != tokens:
+        raise ValueError(f"sampled_softmax shapes: got {shapes}, expected (T, D), (V, D), (T,), (T, R)")
+    if positive_ids_T.dtype != torch.int64 or negative_ids_TR.dtype != torch.int64:
+        raise ValueError(f"sampled_softmax ids: got {positive_ids_T.dtype}, {negative_ids_TR.dtype}, expected int64")
+    if item_log_q is not None and item_log_q.shape != table_VD.shape[:1]:
+        raise ValueError(f"sampled_softmax item_log_q: got {tuple(item_log_q.shape)}, expected ({table_VD.shape[0]},)")
