@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 18
 _RETRIED_STATUSES = (408, 416, 429, 500, 502, 503, 504)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The server's answer will not change: another attempt is pointless."""
 
 
@@ -59,7 +59,7 @@ def download(
                 _continue(url, part, timeout, progress)
                 part.replace(target)
                 return
-            except _Refused as error:
+            except _RefusedError as error:
                 failures.append(f"{url}: {error}")
                 break
             except (OSError, http.client.HTTPException) as error:
@@ -82,11 +82,11 @@ def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
             # The part is as long as the file or longer; only the next try, from zero, can tell which.
             part.unlink()
         if error.code not in _RETRIED_STATUSES:
-            raise _Refused(f"HTTP status {error.code} {error.reason}") from error
+            raise _RefusedError(f"HTTP status {error.code} {error.reason}") from error
         raise
     except urllib.error.URLError as error:
         if isinstance(error.reason, socket.gaierror):
-            raise _Refused(f"host not found ({error.reason})") from error
+            raise _RefusedError(f"host not found ({error.reason})") from error
         raise
     with response:
         if response.status != 206:

@@ -56,6 +56,11 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         if self.num_users < 1:
             raise DataError(f"synthetic num_users: got {self.num_users}, expected 1 or more")
+        # Nobody sees an item twice, and a user who has seen nearly everything leaves little to draw from.
+        if self.num_items < 2 * self.max_length:
+            raise DataError(
+                f"synthetic num_items: got {self.num_items}, expected at least {2 * self.max_length} (twice max_length)"
+            )
         if not 1 <= self.num_categories <= self.num_items:
             raise DataError(
                 f"synthetic num_categories: got {self.num_categories}, expected 1 to {self.num_items} (items)"
@@ -64,11 +69,6 @@ class SyntheticConfig:
             raise DataError(
                 f"synthetic lengths: got {self.min_length}, {self.mean_length}, {self.max_length}, "
                 "expected 3 <= min_length <= mean_length <= max_length"
-            )
-        # Nobody sees an item twice, and a user who has seen nearly everything leaves little to draw from.
-        if self.num_items < 2 * self.max_length:
-            raise DataError(
-                f"synthetic num_items: got {self.num_items}, expected at least {2 * self.max_length} (twice max_length)"
             )
         for name in ("follow", "decay", "stay", "explore"):
             if not 0 <= getattr(self, name) <= 1:

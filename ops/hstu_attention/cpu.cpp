@@ -20,12 +20,19 @@
 #endif
 
 #include "counter_random.h"
+#include "hstu_attention/products.h"
+#include "hstu_attention/time_buckets.h"
 
 #define GR_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-constexpr int64_t kBlock = 6;     // rows of a register block
+using gr::Buckets;
+using gr::ceil_div;
+using gr::kBlock;
+using gr::panels;
+using gr::Simd;
+
 constexpr int64_t kQueries = 48;  // queries of a tile, a multiple of kBlock
 constexpr int64_t kKeys = 96;     // keys of a tile, a multiple of kBlock and of every kPanel
 constexpr int64_t kChunks = 128;  // parts of the table gradients; a constant, as the order of summation depends on it
@@ -48,199 +55,6 @@ struct Problem {
 };
 
 enum Status : int64_t { kOk = 0, kBadOffsets = 1, kRowTooLong = 2, kBadQueryRows = 3 };
-
-template <class T>
-struct Simd {
-  static constexpr int64_t kLanes = 32 / sizeof(T);
-  static constexpr int64_t kPanel = 2 * kLanes;
-  typedef T Vector __attribute__((vector_size(32)));
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class T>
-int64_t panels(int64_t columns) {
-  return ceil_div(columns, Simd<T>::kPanel);
-}
-
-// ---- products -------------------------------------------------------------------------------------------------------
-
-// c[R, vectors] (+)= a[R, depth] * panel[depth, vectors]; Transposed reads a as [depth, R].
-template <class T, int R, int kVectors, bool kTransposed, bool kAdd>
-void block_product(const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c, int64_t c_stride) {
-  using Vector = typename Simd<T>::Vector;
-  constexpr int64_t kLanes = Simd<T>::kLanes;
-  Vector sum[R][kVectors] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Vector right[kVectors];
-#pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n) std::memcpy(&right[n], panel + d * Simd<T>::kPanel + n * kLanes, sizeof(Vector));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T left = kTransposed ? a[d * a_stride + r] : a[r * a_stride + d];
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; ++n) sum[r][n] += left * right[n];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < kVectors; ++n) {
-      T* target = c + r * c_stride + n * kLanes;
-      Vector value = sum[r][n];
-      if (kAdd) {
-        Vector old;
-        std::memcpy(&old, target, sizeof(old));
-        value += old;
-      }
-      std::memcpy(target, &value, sizeof(value));
-    }
-  }
-}
-
-template <class T, int kVectors, bool kTransposed, bool kAdd>
-void product(int64_t rows, const T* a, int64_t a_stride, const T* panel, int64_t depth, T* c, int64_t c_stride) {
-  switch (rows) {
-    case 1: return block_product<T, 1, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-    case 2: return block_product<T, 2, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-    case 3: return block_product<T, 3, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-    case 4: return block_product<T, 4, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-    case 5: return block_product<T, 5, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-    default: return block_product<T, 6, kVectors, kTransposed, kAdd>(a, a_stride, panel, depth, c, c_stride);
-  }
-}
-
-// Adds a * b to rows of a panelled matrix. `b` and `c` hold `columns` columns as panels of b_rows and c_rows rows each.
-template <class T, bool kTransposed>
-void add_product(int64_t rows, const T* a, int64_t a_stride, const T* b, int64_t b_rows, int64_t depth, T* c,
-                 int64_t c_rows, int64_t columns) {
-  constexpr int64_t kPanel = Simd<T>::kPanel;
-  for (int64_t p = 0; p < panels<T>(columns); ++p) {
-    const T* panel = b + p * b_rows * kPanel;
-    T* target = c + p * c_rows * kPanel;
-    if (columns - p * kPanel > Simd<T>::kLanes) {
-      product<T, 2, kTransposed, true>(rows, a, a_stride, panel, depth, target, kPanel);
-    } else {
-      product<T, 1, kTransposed, true>(rows, a, a_stride, panel, depth, target, kPanel);
-    }
-  }
-}
-
-// Rows [count, columns] at `stride` into panels of `panel_rows` rows; columns past the last become zero.
-template <class T>
-void pack_columns(const T* from, int64_t stride, int64_t count, int64_t columns, T* to, int64_t panel_rows) {
-  constexpr int64_t kPanel = Simd<T>::kPanel;
-  for (int64_t p = 0; p < panels<T>(columns); ++p) {
-    const int64_t width = std::min(kPanel, columns - p * kPanel);
-    for (int64_t r = 0; r < count; ++r) {
-      T* target = to + (p * panel_rows + r) * kPanel;
-      const T* source = from + r * stride + p * kPanel;
-      if (width == kPanel) {
-        std::memcpy(target, source, kPanel * sizeof(T));
-      } else {
-        for (int64_t c = 0; c < kPanel; ++c) target[c] = c < width ? source[c] : T(0);
-      }
-    }
-  }
-}
-
-// The transpose of rows [count, depth] into panels [count / kPanel][depth][kPanel]; columns past `count` become zero.
-template <class T>
-void pack_transposed(const T* from, int64_t stride, int64_t count, int64_t depth, T* to) {
-  constexpr int64_t kPanel = Simd<T>::kPanel;
-  for (int64_t first = 0; first < count; first += kPanel, to += depth * kPanel) {
-    const int64_t width = std::min(kPanel, count - first);
-    for (int64_t r = 0; r < kPanel; ++r) {
-      const T* source = from + (first + r) * stride;
-      for (int64_t d = 0; d < depth; ++d) to[d * kPanel + r] = r < width ? source[d] : T(0);
-    }
-  }
-}
-
-// factor * panels (count rows of panels that hold panel_rows) to rows [count, columns] at `stride`.
-template <class T>
-void unpack(const T* from, int64_t panel_rows, int64_t count, int64_t columns, T factor, T* to, int64_t stride) {
-  constexpr int64_t kPanel = Simd<T>::kPanel;
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t p = 0; p < panels<T>(columns); ++p) {
-      const T* source = from + (p * panel_rows + r) * kPanel;
-      T* target = to + r * stride + p * kPanel;
-      const int64_t width = std::min(kPanel, columns - p * kPanel);
-      for (int64_t c = 0; c < width; ++c) target[c] = factor * source[c];
-    }
-  }
-}
-
-// ---- time buckets ---------------------------------------------------------------------------------------------------
-
-// Bucket of a distance without a logarithm. The leading bit and the three after it name a cell, narrower than any bucket,
-// so that a cell holds at most one threshold above its first value.
-class Buckets {
- public:
-  static constexpr int64_t kPadding = 8;
-
-  Buckets(const int64_t* thresholds, int64_t count) : count_(count) {
-    int64_t base = 0;
-    for (int64_t cell = 0; cell < kCells; ++cell) {
-      const int64_t exponent = cell / 8;
-      // Smallest integer of the cell. Past 2^24 a conversion to float rounds up by less than 2^-24 of it.
-      uint64_t low = exponent < 3 ? ceil_div((8 + cell % 8) << exponent, 8) : uint64_t(8 + cell % 8) << (exponent - 3);
-      if (exponent >= 24) low -= low >> 24;
-      while (base < count && uint64_t(thresholds[base]) <= low) ++base;
-      const int64_t next = base < count ? thresholds[base] : INT64_MAX;
-      base_[cell] = static_cast<int32_t>(base);
-      next_[cell] = next;
-      next32_[cell] = static_cast<int32_t>(std::min<int64_t>(next, INT32_MAX));
-    }
-  }
-
-  // Any difference; wraps like int64 subtraction in PyTorch.
-  int32_t operator()(int64_t a, int64_t b) const {
-    int64_t d = static_cast<int64_t>(static_cast<uint64_t>(a) - static_cast<uint64_t>(b));
-    if (d < 0) d = static_cast<int64_t>(-static_cast<uint64_t>(d));
-    if (d <= 1) return 0;
-    if (d == INT64_MAX) return static_cast<int32_t>(count_);
-    const int exponent = 63 - __builtin_clzll(static_cast<uint64_t>(d));
-    const int64_t mantissa = (exponent >= 3 ? d >> (exponent - 3) : d << (3 - exponent)) & 7;
-    const int64_t cell = 8 * exponent + mantissa;
-    return base_[cell] + (d >= next_[cell]);
-  }
-
-  // Buckets of |time - times[j]|, all differences below 2^31 - 1. Works in whole vectors: `times` and `buckets` have
-  // kPadding more elements than count.
-  void small(int32_t time, const int32_t* times, int64_t count, int32_t* buckets) const {
-    int64_t j = 0;
-#ifdef __AVX2__
-    const __m256i times8 = _mm256_set1_epi32(time), one = _mm256_set1_epi32(1), shift = _mm256_set1_epi32(127 << 3);
-    for (; j < count; j += 8) {
-      const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(times + j));
-      const __m256i d = _mm256_max_epi32(_mm256_abs_epi32(_mm256_sub_epi32(times8, other)), one);
-      const __m256i bits = _mm256_castps_si256(_mm256_cvtepi32_ps(d));
-      const __m256i cell = _mm256_sub_epi32(_mm256_srli_epi32(bits, 20), shift);
-      const __m256i base = _mm256_i32gather_epi32(base_, cell, 4), next = _mm256_i32gather_epi32(next32_, cell, 4);
-      // A comparison is -1 where true: base + 1 - (next > d).
-      const __m256i bucket = _mm256_add_epi32(_mm256_add_epi32(base, one), _mm256_cmpgt_epi32(next, d));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(buckets + j), bucket);
-    }
-#endif
-    for (; j < count; ++j) {
-      const int32_t d = std::max(std::abs(time - times[j]), 1);
-      const float rounded = static_cast<float>(d);
-      int32_t bits;
-      std::memcpy(&bits, &rounded, sizeof(bits));
-      const int32_t cell = (bits >> 20) - (127 << 3);
-      buckets[j] = base_[cell] + (d >= next32_[cell]);
-    }
-  }
-
- private:
-  static constexpr int64_t kCells = 63 * 8;
-  int64_t count_;
-  int32_t base_[kCells], next32_[kCells];
-  int64_t next_[kCells];
-};
-
-// ---- mask -----------------------------------------------------------------------------------------------------------
 
 // Keys one query sees: [low, high), and itself where that lies outside (own >= 0).
 struct Span {
@@ -283,8 +97,6 @@ class Mask {
   bool has_targets_, has_context_;
   int64_t window_, full_;
 };
-
-// ---- tasks ----------------------------------------------------------------------------------------------------------
 
 struct Task {
   int64_t row, head, first, count;  // queries [first, first + count) of the row's own, in order of position
@@ -340,8 +152,6 @@ struct TableSums {
   double* position;  // (2n - 1,)
   double* time;      // (num_buckets + 1, kCopies)
 };
-
-// ---- elementwise ----------------------------------------------------------------------------------------------------
 
 // exp to about 2 units in the last place. Fused steps, which the compiler may not reassociate; NaN stays NaN.
 inline float exponential(float x) {
@@ -402,8 +212,6 @@ void activate_backward(int64_t count, T alpha, const T* __restrict bias, const T
   }
 }
 
-// ---- one (row, head) ------------------------------------------------------------------------------------------------
-
 // Everything a thread needs for a task, and the steps forward and backward share.
 template <class T>
 class Worker {
@@ -419,6 +227,7 @@ class Worker {
     bias_ = arena_.take<T>(kKeys + Buckets::kPadding);
     factor_ = arena_.take<T>(kKeys);
     bucket_ = arena_.take<int32_t>(kKeys + Buckets::kPadding);
+    std::fill_n(bucket_, kKeys + Buckets::kPadding, 0);
     if (!backward) {
       values_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * longest);
       out_ = arena_.take<T>(panels<T>(p.value_dim) * kPanel * kQueries);
@@ -439,7 +248,7 @@ class Worker {
   void forward(const Task& task) {
     begin(task);
     const int64_t columns = panels<T>(p_.value_dim) * kPanel;
-    pack_columns(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, values_, length_);
+    gr::pack_columns(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, values_, length_);
     for (int64_t first = task.first; first < task.first + task.count; first += kQueries) {
       load_queries(task, first);
       std::fill_n(out_, columns * kQueries, T(0));
@@ -453,21 +262,21 @@ class Worker {
           });
         }
         for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
-          add_product<T, false>(rows, scores_ + i * kKeys + low, kKeys, values_ + (tile_key_ + low) * kPanel, length_,
+          gr::add_product<T, false>(rows, scores_ + i * kKeys + low, kKeys, values_ + (tile_key_ + low) * kPanel, length_,
                                 high - low, out_ + i * kPanel, kQueries, p_.value_dim);
         });
       }
       for (int64_t i = 0; i < tile_rows_; ++i) {
         T* target = static_cast<T*>(p_.out) + (flat_[i] * p_.heads + head_) * p_.value_dim;
-        unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), target, 0);
+        gr::unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), target, 0);
       }
     }
   }
 
   void backward(const Task& task, const TableSums& sums) {
     begin(task);
-    pack_columns(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, keys_, length_);
-    pack_transposed(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, value_columns_);
+    gr::pack_columns(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, keys_, length_);
+    gr::pack_transposed(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, value_columns_);
     std::fill_n(grad_keys_, panels<T>(p_.key_dim) * kPanel * length_, T(0));
     std::fill_n(grad_values_, panels<T>(p_.value_dim) * kPanel * length_, T(0));
     for (int64_t first = 0; first < task.count; first += kQueries) {
@@ -478,8 +287,8 @@ class Worker {
       for (int64_t i = 0; i < tile_rows_; ++i) {
         std::copy_n(grad_rows + i * p_.grad_out_stride, p_.value_dim, grad_out_ + i * p_.value_dim);
       }
-      pack_columns(queries_, p_.key_dim, tile_rows_, p_.key_dim, query_panels_, kQueries);
-      pack_columns(grad_out_, p_.value_dim, tile_rows_, p_.value_dim, grad_out_panels_, kQueries);
+      gr::pack_columns(queries_, p_.key_dim, tile_rows_, p_.key_dim, query_panels_, kQueries);
+      gr::pack_columns(grad_out_, p_.value_dim, tile_rows_, p_.value_dim, grad_out_panels_, kQueries);
       std::fill_n(grad_queries_, panels<T>(p_.key_dim) * kPanel * kQueries, T(0));
       if (sums.position != nullptr) std::fill_n(diagonal_sums_, length_ + tile_rows_, T(0));
       for (int64_t key = 0; key < length_; key += kKeys) {
@@ -489,13 +298,13 @@ class Worker {
         double* target = sums.position + p_.max_seq_len - 1 - (position_[0] + tile_rows_ - 1);
         for (int64_t slot = 0; slot < length_ + tile_rows_ - 1; ++slot) target[slot] += diagonal_sums_[slot];
       }
-      unpack(grad_queries_, kQueries, tile_rows_, p_.key_dim, T(p_.alpha),
+      gr::unpack(grad_queries_, kQueries, tile_rows_, p_.key_dim, T(p_.alpha),
              static_cast<T*>(p_.grad_q) + (start * p_.heads + head_) * p_.key_dim, p_.heads * p_.key_dim);
     }
     const int64_t first_row = p_.offsets[row_] * p_.heads + head_;
-    unpack(grad_keys_, length_, length_, p_.key_dim, T(p_.alpha), static_cast<T*>(p_.grad_k) + first_row * p_.key_dim,
+    gr::unpack(grad_keys_, length_, length_, p_.key_dim, T(p_.alpha), static_cast<T*>(p_.grad_k) + first_row * p_.key_dim,
            p_.heads * p_.key_dim);
-    unpack(grad_values_, length_, length_, p_.value_dim, T(1), static_cast<T*>(p_.grad_v) + first_row * p_.value_dim,
+    gr::unpack(grad_values_, length_, length_, p_.value_dim, T(1), static_cast<T*>(p_.grad_v) + first_row * p_.value_dim,
            p_.heads * p_.value_dim);
   }
 
@@ -517,7 +326,7 @@ class Worker {
     scale_ = p_.scales != nullptr ? static_cast<const T*>(p_.scales)[row_] : T(p_.scale);
     positions_table_ = table_of(p_.position_weights, p_.position_heads, 2 * p_.max_seq_len - 1);
     times_table_ = table_of(p_.time_weights, p_.time_heads, p_.num_buckets + 1);
-    pack_transposed(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, key_columns_);
+    gr::pack_transposed(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, key_columns_);
     if (times_table_ != nullptr) begin_times(task);
   }
 
@@ -598,7 +407,7 @@ class Worker {
       const T* panel = columns + (tile_key_ + first) * depth;
       for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
         if (first + kPanel <= low || first >= high) return;
-        product<T, 2, false, false>(rows, left + i * depth, depth, panel, depth, to + i * kKeys + first, kKeys);
+        gr::product<T, 2, false, false>(rows, left + i * depth, depth, panel, depth, to + i * kKeys + first, kKeys);
       });
     }
   }
@@ -671,7 +480,7 @@ class Worker {
       });
     }
     for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
-      add_product<T, false>(rows, grads_ + i * kKeys + low, kKeys, keys_ + (tile_key_ + low) * kPanel, length_,
+      gr::add_product<T, false>(rows, grads_ + i * kKeys + low, kKeys, keys_ + (tile_key_ + low) * kPanel, length_,
                             high - low, grad_queries_ + i * kPanel, kQueries, p_.key_dim);
     });
     for (int64_t key = 0; key < tile_keys_; key += kBlock) {
@@ -683,9 +492,9 @@ class Worker {
         high = i + rows;
       });
       if (low >= high) continue;
-      add_product<T, true>(keys, scores_ + low * kKeys + key, kKeys, grad_out_panels_ + low * kPanel, kQueries,
+      gr::add_product<T, true>(keys, scores_ + low * kKeys + key, kKeys, grad_out_panels_ + low * kPanel, kQueries,
                            high - low, grad_values_ + (tile_key_ + key) * kPanel, length_, p_.value_dim);
-      add_product<T, true>(keys, grads_ + low * kKeys + key, kKeys, query_panels_ + low * kPanel, kQueries, high - low,
+      gr::add_product<T, true>(keys, grads_ + low * kKeys + key, kKeys, query_panels_ + low * kPanel, kQueries, high - low,
                            grad_keys_ + (tile_key_ + key) * kPanel, length_, p_.key_dim);
     }
   }

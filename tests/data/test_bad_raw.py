@@ -253,10 +253,15 @@ class TestFullDisk:
 
     @pytest.mark.skipif(sys.platform != "linux" or not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_arrow_reports_a_full_device_as_an_os_error(self) -> None:
-        """What the simulated error above stands for."""
-        with pytest.raises(OSError, match="No space left") as error:
-            pq.write_table(pa.table({"a": list(range(1_000_000))}), "/dev/full")
+        """What the simulated error above stands for.
+
+        A sink, not a path: on failure `write_table` unlinks the path it was given, here a device node.
+        """
+        table = pa.table({"a": list(range(1_000_000))})
+        with pytest.raises(OSError, match="No space left") as error, pa.OSFile("/dev/full", "wb") as sink:
+            pq.write_table(table, sink)
         assert error.value.errno == errno.ENOSPC
+        assert Path("/dev/full").exists()
 
 
 class TestCommandLine:

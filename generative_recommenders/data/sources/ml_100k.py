@@ -30,9 +30,20 @@ _WHEEL_SECONDS = 120
 _MIRROR_MOVIES = "movies.tsv"
 
 _GENRES = (
-    "unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|"
-    "Mystery|Romance|Sci-Fi|Thriller|War|Western"
-).split("|")
+    *(
+        "unknown",
+        "Action",
+        "Adventure",
+        "Animation",
+        "Children's",
+        "Comedy",
+        "Crime",
+        "Documentary",
+        "Drama",
+        "Fantasy",
+    ),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 
 
 class MovieLens100K(Source):
@@ -126,8 +137,8 @@ def _joined_movies(items: str) -> str:
     lines = []
     for row in items.splitlines():
         item, title, year, genres = row.split("\t")
-        # The one movie without a name has that, misspelt, in place of title and year.
-        full_title = f"{title} ({year})" if year.isdecimal() else "unknown"
+        # The one movie without a name has a misspelt "unknown" in place of title and year.
+        full_title = "unknown" if title == year else f"{title} ({year})"
         lines.append(f"{item}\t{full_title}\t{genres.replace(' ', '|')}\n")
     return "".join(lines)
 
@@ -163,7 +174,7 @@ SOURCE = MovieLens100K(
         "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
         "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
         "u.user": "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c",
-        _MIRROR_MOVIES: "e3ef3ce3edc3001609fbc542d5f18d3aa215862aa498a4553fbb1fd9caa0b9a9",
+        _MIRROR_MOVIES: "9bcd22202ffd4a5998293448f3e16d11923456dd67b970839c024b7f15fda8e2",
     },
     expected_counts={
         "users": 943,

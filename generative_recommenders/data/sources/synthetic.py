@@ -15,9 +15,9 @@ from generative_recommenders.data.sources import RawEvents, Source, item_text
 from generative_recommenders.data.synthetic import SyntheticConfig, SyntheticData, generate
 
 _CATEGORIES = (
-    "Astronomy|Baking|Camping|Chess|Cycling|Drawing|Fishing|Gardening|Hiking|Knitting|Maps|Music|Painting|Photography|"
-    "Pottery|Running|Sailing|Swimming|Tea|Woodwork"
-).split("|")
+    *("Astronomy", "Baking", "Camping", "Chess", "Cycling", "Drawing", "Fishing", "Gardening", "Hiking", "Knitting"),
+    *("Maps", "Music", "Painting", "Photography", "Pottery", "Running", "Sailing", "Swimming", "Tea", "Woodwork"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

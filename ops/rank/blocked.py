@@ -1,0 +1,129 @@
+"""Rank and top-k over blocks of queries, in PyTorch calls that are each one pass over the block; any device.
+
+A block holds whole score rows, so the target's score and its rivals' come from one matrix product. Time is the product
+plus about four passes over memory; the block is sized for the cache, and for 2^26 scores at the very most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ops.rank.reference import Seen
+from ops.rows import find_sorted, select_rows
+
+# 8 MB of float32 scores stay in the last-level cache of a laptop ...
+_CACHE_SCORES = 1 << 21
+# ... but a product of few rows runs at memory speed, so wide catalogues take 32 rows and up to 256 MB.
+_MIN_ROWS = 32
+_MAX_SCORES = 1 << 26
+# float32 counts 0/1 exactly up to here.
+_EXACT_FLOAT = 1 << 24
+
+
+def refuses(*_: Any) -> str | None:
+    return None
+
+
+def _block_rows(candidates: int) -> int:
+    wanted = max(_CACHE_SCORES // max(candidates, 1), _MIN_ROWS)
+    return max(min(wanted, _MAX_SCORES // max(candidates, 1)), 1)
+
+
+def _score_blocks(
+    queries_BD: torch.Tensor, table_XD: torch.Tensor, candidate_ids_X: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields (rows, scores) with the scores of a block in a buffer that is reused, free for the consumer to overwrite."""
+    dtype = torch.promote_types(queries_BD.dtype, torch.float32)
+    rows_XD = select_rows(table_XD, candidate_ids_X).to(dtype)
+    step = _block_rows(len(candidate_ids_X))
+    buffer = torch.empty(min(step, len(queries_BD)), len(candidate_ids_X), dtype=dtype, device=queries_BD.device)
+    for start in range(0, len(queries_BD), step):
+        block_bD = queries_BD[start : start + step].to(dtype)
+        scores_bX = torch.mm(block_bD, rows_XD.T, out=buffer[: len(block_bD)])
+        yield slice(start, start + len(block_bD)), scores_bX
+
+
+def _hide_seen(scores_bX: torch.Tensor, rows: slice, candidate_ids_X: torch.Tensor, seen: Seen) -> None:
+    """Scatter -inf to the block's seen candidates."""
+    if seen is None:
+        return
+    offsets, seen_ids_S = seen
+    offsets_b = offsets[rows.start : rows.stop + 1]
+    ids_s = seen_ids_S[int(offsets_b[0]) : int(offsets_b[-1])]
+    row_s = torch.arange(len(scores_bX), device=offsets.device).repeat_interleave(offsets_b.diff())
+    position_s, found_s = find_sorted(candidate_ids_X, ids_s)
+    flat_s = (row_s * scores_bX.shape[1] + position_s)[found_s]
+    scores_bX.view(-1)[flat_s] = float("-inf")
+
+
+def _row_counts(flags_bX: torch.Tensor) -> torch.Tensor:
+    dtype = None if flags_bX.shape[1] <= _EXACT_FLOAT else torch.float64
+    return flags_bX.sum(dim=1, dtype=dtype).long()
+
+
+def rank_of_target(
+    queries_BD: torch.Tensor,
+    table_XD: torch.Tensor,
+    candidate_ids_X: torch.Tensor,
+    target_ids_B: torch.Tensor,
+    seen: Seen,
+) -> torch.Tensor:
+    ranks_B = torch.zeros_like(target_ids_B)
+    if len(candidate_ids_X) == 0:
+        return ranks_B
+    position_B, known_B = find_sorted(candidate_ids_X, target_ids_B)
+    flags = torch.empty(0, dtype=torch.promote_types(queries_BD.dtype, torch.float32), device=queries_BD.device)
+    for rows, scores_bX in _score_blocks(queries_BD, table_XD, candidate_ids_X):
+        _hide_seen(scores_bX, rows, candidate_ids_X, seen)
+        position_b1 = position_B[rows, None]
+        target_b1 = scores_bX.gather(1, position_b1)
+        # A target hidden by its history stays a miss; elsewhere scores are finite, so -inf marks nothing else.
+        hit_b = known_B[rows] & (target_b1[:, 0] > float("-inf"))
+        flags = torch.ge(scores_bX, target_b1, out=flags.resize_(scores_bX.shape))
+        at_least_b = _row_counts(flags)
+        above_b = _row_counts(torch.gt(scores_bX, target_b1, out=flags))
+        # The target itself is the one equal score of nearly every row; only the others need to know the order.
+        tied = torch.nonzero(hit_b & (at_least_b - above_b > 1))[:, 0]
+        if len(tied):
+            before_tX = torch.arange(scores_bX.shape[1], device=scores_bX.device) < position_b1[tied]
+            above_b[tied] += ((scores_bX[tied] == target_b1[tied]) & before_tX).sum(dim=1)
+        ranks_B[rows] = torch.where(hit_b, above_b + 1, 0)
+    return ranks_B
+
+
+def topk(
+    queries_BD: torch.Tensor, table_XD: torch.Tensor, candidate_ids_X: torch.Tensor, k: int, seen: Seen
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(queries_BD.dtype, torch.float32)
+    scores_BK = torch.full((len(queries_BD), k), float("-inf"), dtype=dtype, device=queries_BD.device)
+    ids_BK = candidate_ids_X.new_zeros(len(queries_BD), k)
+    kept = min(k, len(candidate_ids_X))
+    if kept:
+        for rows, scores_bX in _score_blocks(queries_BD, table_XD, candidate_ids_X):
+            _hide_seen(scores_bX, rows, candidate_ids_X, seen)
+            best_bK, position_bK = _stable_topk(scores_bX, kept)
+            scores_BK[rows, :kept] = best_bK
+            ids_BK[rows, :kept] = candidate_ids_X[position_bK]
+    valid_BK = scores_BK > float("-inf")
+    return scores_BK, torch.where(valid_BK, ids_BK, 0), valid_BK.sum(dim=1)
+
+
+def _stable_topk(scores_bX: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.topk with equal scores by position, which it does not promise.
+
+    Only the k-th value can be shared with positions outside the result; one more than k shows whether it is.
+    """
+    more = min(k + 1, scores_bX.shape[1])
+    best_bM, position_bM = scores_bX.topk(more, dim=1)
+    position_bK, by_position = position_bM[:, :k].sort(dim=1)
+    best_bK, order = best_bM[:, :k].gather(1, by_position).sort(dim=1, descending=True, stable=True)
+    position_bK = position_bK.gather(1, order)
+    if more > k:
+        shared = torch.nonzero((best_bM[:, k - 1] == best_bM[:, k]) & (best_bM[:, k] > float("-inf")))[:, 0]
+        if len(shared):
+            all_best, all_positions = scores_bX[shared].sort(dim=1, descending=True, stable=True)
+            best_bK[shared], position_bK[shared] = all_best[:, :k], all_positions[:, :k]
+    return best_bK, position_bK

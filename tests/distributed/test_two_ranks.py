@@ -1,0 +1,71 @@
+"""torchrun with two ranks gives the losses and metrics of one rank with the doubled batch; nobody is dropped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.toy import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+# 57 users in steps of 16: the last step has 9, an uneven share, and dropout and negatives are on.
+USERS = 57
+
+
+def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict], dict]:
+    exps = tmp_path / f"exps{world_size}"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if world_size == 2 else []
+    bindings = [
+        "train_fn.dataset_name = 'toy'",
+        "train_fn.num_negatives = 8",
+        "train_fn.num_epochs = 2",
+        f"train_fn.local_batch_size = {16 // world_size}",
+        f"train_fn.eval_batch_size = {10 + world_size}",
+        "train_fn.max_sequence_length = 12",
+        "train_fn.item_embedding_dim = 8",
+        "train_fn.gradient_clip_norm = 1.0",
+        "train_fn.logq_correction = True",
+        *extra,
+    ]
+    command = [sys.executable, *launcher, "main.py", f"--data_dir={tmp_path}", f"--exps_dir={exps}", "--device=cpu"]
+    done = subprocess.run(
+        [*command, *(f"--gin_bindings={b}" for b in bindings)], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.rstrip().splitlines()[-1].startswith("TEST eval:")
+    (folder,) = {p.parent for p in exps.glob("*/*/metrics.json")}
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [
+            "train_fn.main_module = 'HSTU'",
+            "train_fn.sampling_strategy = 'local'",
+            "hstu_encoder.dqk = 8",
+            "hstu_encoder.dv = 8",
+            "hstu_encoder.linear_dropout_rate = 0.2",
+            "hstu_encoder.attn_dropout_rate = 0.2",
+        ],
+        ["train_fn.main_module = 'SASRec'", "train_fn.sampling_strategy = 'in-batch'", "train_fn.eval_split = 'valid'"],
+    ],
+    ids=["hstu-local", "sasrec-in-batch-valid"],
+)
+def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
+    write_dataset(tmp_path, num_users=USERS)
+    one, one_final = train(tmp_path, 1, extra)
+    two, two_final = train(tmp_path, 2, extra)
+    for a, b in zip(one, two, strict=True):
+        assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=2e-5)
+        assert a["users"] == b["users"] == USERS
+        for name, value in a["metrics"].items():
+            assert b["metrics"][name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
+    assert one_final["counts"] == two_final["counts"]
+    assert (one_final["world_size"], two_final["world_size"]) == (1, 2)
+    assert one_final["metrics"] == pytest.approx(two_final["metrics"], abs=1e-9, nan_ok=True)
