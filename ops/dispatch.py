@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
 _OPS: dict[str, Op] = {}
@@ -33,6 +35,12 @@ class Implementation:
     refuses: Callable[..., str | None]
 
 
+@torch.compiler.assume_constant_result
+def _preferred() -> str:
+    """The process's wish; `torch.compile` cannot trace a ContextVar and keeps the answer it had while compiling."""
+    return _override.get() or os.environ.get("GR_OPS", "auto")
+
+
 @dataclass
 class Op:
     """A named op: `reference` is required and accepts everything, the others are tried fastest first."""
@@ -45,7 +53,7 @@ class Op:
         _OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        wanted = backend or _override.get() or os.environ.get("GR_OPS", "auto")
+        wanted = backend or _preferred()
         if wanted not in BACKENDS:
             raise ValueError(f"backend of {self.name}: got {wanted!r}, expected one of {', '.join(BACKENDS)}")
         if wanted == "reference":

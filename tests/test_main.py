@@ -43,7 +43,7 @@ SMALL_ENCODER = {
 }
 SMALL_HSTU = (*SMALL, *SMALL_ENCODER["HSTU"])
 TEST_LINE = re.compile(
-    r"TEST eval: NDCG@10 (?P<ndcg>\d\.\d{4}) HR@10 (?P<hr>\d\.\d{4}) MRR (?P<mrr>\d\.\d{4}) "
+    r"TEST eval: NDCG@10 (?P<ndcg>\d\.\d{4}) .*HR@10 (?P<hr>\d\.\d{4}) .*MRR (?P<mrr>\d\.\d{4}) "
     r"\(test, (?P<users>\d+) users, \d+\.\d+s\)"
 )
 
@@ -176,12 +176,9 @@ def test_tensorboard_has_the_public_tags(trained: Trained) -> None:
 def test_evaluate_gives_the_metrics_of_the_test_line(trained: Trained, launch: Launch, given: str) -> None:
     chosen = {
         "run folder": [f"--checkpoint={trained.folder}"],
-        "checkpoint": [f"--checkpoint={trained.folder / 'checkpoints' / 'step-4'}"],
+        "checkpoint": [f"--checkpoint={find_checkpoint(trained.folder).path}"],
         "newest run of the config": [],
     }[given]
-    # A checkpoint directory's name carries its step, however it is padded.
-    if given == "checkpoint":
-        chosen = [f"--checkpoint={find_checkpoint(trained.folder).path}"]
     same = published("train_fn.eval_interval = 1")
     outcome = launch("--mode=evaluate", f"--exps_dir={trained.exps_dir}", *chosen, *same)
     assert outcome.status == 0, outcome.err
@@ -233,7 +230,6 @@ def test_recommend_from_and_to_files(trained: Trained, launch: Launch, tmp_path:
     places = [f"--checkpoint={trained.folder}", f"--histories={histories}", f"--output={output}"]
     outcome = launch("--mode=recommend", "--top_k=5", *places)
     assert outcome.status == 0, outcome.err
-    assert "1 unknown items were dropped" not in outcome.err
     assert any(line.startswith("2 unknown items were dropped; 1 users") for line in outcome.logged)
     table = READERS[suffix](output)
     assert table.columns.tolist() == ["user_id", "rank", "item_id", "score", "title"]
@@ -356,7 +352,8 @@ def test_mistakes_are_one_line_and_status_2(arguments: list[str], message: str, 
         (["--histories=histories.txt"], "got a .txt file, expected one of .parquet, .csv, .json"),
         (["--histories={csv}", "--top_k=0"], "--top_k: got 0, expected at least 1"),
         (["--histories={csv}", "--output=out.xlsx"], "expected a name that ends in .parquet, .csv, .json or .jsonl"),
-        (["--histories={csv}", "--output=nowhere/out.csv"], "nowhere"),
+        (["--histories={csv}", "--output=nowhere/out.csv"], "--output: cannot write nowhere/out.csv: "),
+        (["--histories={csv}", "--output=nowhere/out.parquet"], "--output: cannot write nowhere/out.parquet: "),
     ],
 )
 def test_mistakes_of_recommend(

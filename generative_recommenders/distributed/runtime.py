@@ -39,6 +39,14 @@ class Runtime:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value)
 
+    def from_main(self, text: str) -> str:
+        """Rank 0's text on every rank."""
+        if self.world_size == 1:
+            return text
+        shared = [text]
+        dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

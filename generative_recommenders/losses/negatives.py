@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.distributed.runtime import all_gather_concat
+from generative_recommenders.distributed.runtime import all_gather_concat, all_reduce_sum
 from generative_recommenders.nn.dropout import Draws
 from ops.random import uniform_ints
 
@@ -25,7 +25,10 @@ class NegativesSampler(Protocol):
         """Ids (T, count), int64."""
 
     def log_q(self, num_positives: int, num_rows: int) -> Tensor | None:
-        """Log-probability of each table row, (V,), or None where it is the same for all."""
+        """Log-probability of each table row, (V,), or None where it is the same for all.
+
+        `num_positives` are this rank's tokens, `num_rows` is V.
+        """
 
 
 class LocalNegativesSampler(nn.Module):
@@ -91,7 +94,8 @@ class InBatchNegativesSampler(nn.Module):
         return distinct[picks]
 
     def log_q(self, num_positives: int, num_rows: int) -> Tensor | None:
-        present = -torch.expm1(num_positives * torch.log1p(-self.share_X.clamp(max=1 - 1e-9)))
+        tokens = all_reduce_sum(torch.tensor(num_positives, device=self.share_X.device))
+        present = -torch.expm1(tokens * torch.log1p(-self.share_X.clamp(max=1 - 1e-9)))
         log_q = torch.zeros(num_rows, dtype=torch.float32, device=self.share_X.device)
         # An item never seen in training cannot be in a batch; the floor only keeps its unused entry finite.
         log_q[self.catalog_X] = present.clamp(min=1e-12).log().float()

@@ -126,14 +126,23 @@ def _batch(rows: list[tuple[Tensor, Tensor, int]]) -> SequenceBatch:
 
 
 def write_recommendations(table: pd.DataFrame, path: Path) -> None:
-    """Write parquet, csv or json (one object a line) by the file's suffix, aside and renamed."""
+    """Write parquet, csv or json (one object a line) by the file's suffix, aside and renamed.
+
+    Raises:
+        DataError: another suffix, or the file cannot be written; then nothing is left of it.
+    """
     aside = path.with_name(f".{path.name}")
-    if path.suffix == ".parquet":
-        table.to_parquet(aside, index=False)
-    elif path.suffix == ".csv":
-        table.to_csv(aside, index=False)
-    elif path.suffix in (".json", ".jsonl"):
-        table.to_json(aside, orient="records", lines=True)
-    else:
-        raise DataError(f"--output: got {path}, expected a name that ends in .parquet, .csv, .json or .jsonl")
-    aside.replace(path)
+    try:
+        if path.suffix == ".parquet":
+            table.to_parquet(aside, index=False)
+        elif path.suffix == ".csv":
+            table.to_csv(aside, index=False)
+        elif path.suffix in (".json", ".jsonl"):
+            table.to_json(aside, orient="records", lines=True)
+        else:
+            raise DataError(f"--output: got {path}, expected a name that ends in .parquet, .csv, .json or .jsonl")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--output: cannot write {path}: {reason}; try a folder that exists and has room") from error

@@ -152,7 +152,7 @@ class CheckpointFolder:
                 # Only a run that was resumed before this step and came back to it meets its own older copy.
                 os.rename(target, self.folder / f".replaced-{target.name}.{os.getpid()}")
             os.rename(aside, target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise disk_error(error, target) from error
         self._prune(progress)
@@ -186,12 +186,14 @@ class CheckpointFolder:
         self._discard_leftovers()
 
 
-def disk_error(error: OSError, target: Path) -> CheckpointError:
+def disk_error(error: OSError | SafetensorError, target: Path) -> CheckpointError:
     """A one-line account of a failed write."""
     folder = next((p for p in (target, *target.parents) if p.exists()), Path("."))
     free = shutil.disk_usage(folder).free
-    hint = "free some space and start the same command again" if error.errno == errno.ENOSPC else "check the folder"
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    number = getattr(error, "errno", None)
+    reason = os.strerror(number) if number else str(error)
+    full = number == errno.ENOSPC or "os error 28" in reason
+    hint = "free some space and start the same command again" if full else "check the folder, then start the same command"
     return CheckpointError(f"cannot write {target}: {reason} ({free / 1e6:.0f} MB free); earlier files are intact; {hint}")
 
 

@@ -98,9 +98,7 @@ class RetrievalExperiment:
         self._require_users()
         e = self.plan.experiment
         model = self.model()
-        # Every rank must choose the same folder before the first of them creates it.
-        run = choose_run(self.group, self.plan.describe(), self.identity, e.resume)
-        self.runtime.barrier()
+        run = self._choose_run()
         if run.checkpoint is not None:
             self.require_same_dataset(run.checkpoint)
         if self.runtime.is_main:
@@ -133,6 +131,13 @@ class RetrievalExperiment:
         finally:
             reporter.close()
         return evaluation, run.folder
+
+    def _choose_run(self) -> Run:
+        """Rank 0 looks at the folders and the clock; the others follow it."""
+        chosen = choose_run(self.group, self.plan.describe(), self.identity, self.plan.experiment.resume)
+        folder = Path(self.runtime.from_main(str(chosen.folder)))
+        checkpoint = self.runtime.from_main(str(chosen.checkpoint.path) if chosen.checkpoint else "")
+        return Run(folder, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
 
     def evaluate_checkpoint(self, path: Path | None, split: str) -> Evaluation:
         """Metrics of a checkpoint, of this config's newest run where no path is given."""
@@ -167,7 +172,7 @@ class RetrievalExperiment:
                 f"parameters  {parameters:,} ({parameters * 4 / 1e6:.1f} MB; {parameters * 16 / 1e6:.1f} MB with gradients "
                 "and AdamW)",
                 f"steps       {len(loader):,} an epoch, {len(loader) * e.num_epochs:,} in {e.num_epochs} epochs",
-                f"first batch {batch.size} users, {batch.item_ids_T.numel():,} events, loss {float(loss):.4f}",
+                f"first batch {batch.size} users, {batch.item_ids_T.numel():,} events, loss {loss.item():.4f}",
             )
         )
 

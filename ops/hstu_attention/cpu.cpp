@@ -543,6 +543,15 @@ Status check(const Problem& p) {
   return kOk;
 }
 
+// Threads worth waking: one more for each stretch of work that takes longer than the waking.
+int thread_count(const Problem& p, int64_t tasks, const QueryPlan& plan) {
+  constexpr int64_t kWorth = 1 << 19;
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < p.batch; ++b) pairs += plan.count(b) * (p.offsets[b + 1] - p.offsets[b]);
+  const int64_t useful = 1 + pairs * p.heads * (p.key_dim + p.value_dim) / kWorth;
+  return static_cast<int>(std::clamp<int64_t>(std::min(useful, tasks), 1, std::max<int64_t>(p.threads, 1)));
+}
+
 template <class T>
 void forward(const Problem& p) {
   // Long rows are cut, so that a single one still feeds every thread; packing its keys again is a small part of the work.
@@ -560,7 +569,7 @@ void forward(const Problem& p) {
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   const int64_t count = static_cast<int64_t>(tasks.size()), longest = longest_row(p);
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(p.threads, count)));
+  const int threads = thread_count(p, count, plan);
 #pragma omp parallel num_threads(threads)
   {
     Worker<T> worker(p, plan, buckets, longest, false);
@@ -604,7 +613,7 @@ void backward(const Problem& p) {
   const int64_t chunk_size = positions + (p.grad_time != nullptr ? (p.num_buckets + 1) * kCopies : 0);
   std::vector<double> sums(chunks * chunk_size);
   const int64_t longest = longest_row(p);
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min(p.threads, chunks)));
+  const int threads = thread_count(p, chunks, plan);
 #pragma omp parallel num_threads(threads)
   {
     Worker<T> worker(p, plan, buckets, longest, true);

@@ -187,6 +187,9 @@ def _forward(
     row_keys: Tensor | None,
     query_rows: Tensor | None,
 ) -> Tensor:
+    if query_rows is not None and query_rows.numel() == 0:
+        # An empty tensor has a null address, which the kernel reads as "all rows".
+        return v.new_empty(0, q.shape[1], v.shape[2])
     dtype = _compute_dtype(q.dtype)
     fields = _fields(
         q,

@@ -1,6 +1,6 @@
 """HSTU attention in plain PyTorch: pads the rows, builds scores, bias and mask in full, and reads like the formula.
 
-Memory grows with B * H * N * N. Differentiable by autograd for q, k, v and both bias tables, in any float type: bfloat16
+Memory grows with B * H * N * N. Differentiable by autograd for q, k, v and both bias tables, in any float type; bfloat16
 and float16 are computed in float32 and rounded once at the end.
 """
 
@@ -18,11 +18,9 @@ def _pad(values: Tensor, offsets: Tensor, padded_length: int) -> Tensor:
     """Jagged (T, ...) to dense (B, N, ...), zeros after the end of each row."""
     positions_N = torch.arange(padded_length, device=values.device)
     inside_BN = positions_N < offsets.diff()[:, None]
-    if values.shape[0] == 0:
-        return values.new_zeros(offsets.shape[0] - 1, padded_length, *values.shape[1:])
-    indices_BN = (offsets[:-1, None] + positions_N).clamp(max=values.shape[0] - 1)
-    inside = inside_BN.view(*inside_BN.shape, *[1] * (values.dim() - 1))
-    return torch.where(inside, values[indices_BN], values.new_zeros(()))
+    # One row of zeros at the end stands for everything outside.
+    extended = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+    return extended[torch.where(inside_BN, offsets[:-1, None] + positions_N, values.shape[0])]
 
 
 def valid_mask(

@@ -94,9 +94,17 @@ def _check(
     if ids.numel() and (bool((ids.diff() <= 0).any()) or int(ids[0]) < 0 or int(ids[-1]) >= rows):
         raise ValueError(f"rank candidate_ids: expected ascending unique ids in 0 to {rows - 1}; try torch.unique")
     # By Cauchy-Schwarz no score, nor any partial sum of one, can then be NaN or infinite.
-    largest = [x.abs().amax().double().item() if x.numel() else 0.0 for x in (queries_BD, table_XD)]
+    largest = [_largest_magnitude(queries_BD), _largest_magnitude(table_XD)]
     if not largest[0] * largest[1] * queries_BD.shape[1] < torch.finfo(torch.float32).max:
         raise ValueError(
             f"rank scores: got queries up to {largest[0]} and table rows up to {largest[1]}, expected finite products; "
             "try a lower learning rate"
         )
+
+
+def _largest_magnitude(x: torch.Tensor) -> float:
+    """NaN where there is one; without a copy of x."""
+    if x.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(-low, high))

@@ -147,7 +147,7 @@ void forward_tokens(const Problem<T>& p, const T* rows, int64_t stride, T* losse
       }
       T own_probability;
       losses[t] = softmax_in_place(weights, p.negatives, own, &own_probability);
-      if (!probabilities) continue;
+      if (!positive_probabilities) continue;
       // A masked logit is a constant: it takes part in the sum but passes no gradient.
       for (int64_t r = 0; r < p.negatives; ++r) weights[r] = ids[r] == positive ? T(0) : weights[r];
       positive_probabilities[t] = own_probability;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.toy import write_dataset
+from tests.toy import write_toy_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 # 57 users in steps of 16: the last step has 9, an uneven share, and dropout and negatives are on.
@@ -58,7 +58,7 @@ def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict]
     ids=["hstu-local", "sasrec-in-batch-valid"],
 )
 def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
-    write_dataset(tmp_path, num_users=USERS)
+    write_toy_dataset(tmp_path, num_users=USERS)
     one, one_final = train(tmp_path, 1, extra)
     two, two_final = train(tmp_path, 2, extra)
     for a, b in zip(one, two, strict=True):

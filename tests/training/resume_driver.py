@@ -21,7 +21,7 @@ import torch
 from generative_recommenders.config import load
 from generative_recommenders.distributed.runtime import runtime
 from generative_recommenders.training.retrieval import Places, RetrievalExperiment
-from tests.toy import write_dataset
+from tests.toy import write_toy_dataset
 
 BINDINGS = [
     "train_fn.dataset_name = 'toy'",
@@ -30,7 +30,7 @@ BINDINGS = [
     "train_fn.num_negatives = 8",
     "train_fn.num_epochs = 4",
     "train_fn.local_batch_size = 8",
-    "train_fn.max_sequence_length = 12",
+    "train_fn.max_sequence_length = 10",
     "train_fn.item_embedding_dim = 8",
     "train_fn.eval_split = 'valid'",
     "train_fn.checkpoint_every_n_steps = 2",
@@ -67,7 +67,7 @@ def finished(pid: int) -> bool:
 
 def main() -> int:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    write_dataset(folder / "data")
+    write_toy_dataset(folder / "data")
     started = time.monotonic()
     if not finished(child(folder, "whole")):
         return 1

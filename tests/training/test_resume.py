@@ -55,11 +55,11 @@ sys.path.insert(0, {str(DRIVER.parents[2])!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from tests.toy import write_dataset
+from tests.toy import write_toy_dataset
 from tests.training import resume_driver
 from generative_recommenders.training import loop, retrieval
 folder = Path({str(tmp_path)!r})
-write_dataset(folder / "data")
+write_toy_dataset(folder / "data")
 moment = {moment!r}
 if moment == "first step":
     step = loop.Trainer._step

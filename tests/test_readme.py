@@ -1,0 +1,168 @@
+"""README commands are tests: bash blocks marked `<!-- test -->` are run, in order, in one copy of the repository.
+
+Training and generated data are made small by further flags; public data is replaced by a toy dataset, since it needs a
+network; `make` and `pip` are checked without being run. A command that is none of these is refused: teach it here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import preprocess_public_data
+from generative_recommenders import config
+from generative_recommenders.data import sources
+from tests.toy import write_toy_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("configs", "generative_recommenders", "ops", "benchmarks", "*.py", "requirements*.txt", "Makefile")
+MARKED = re.compile(r"^<!-- test -->\s*\n+```bash\n(?P<body>.*?)^```", re.MULTILINE | re.DOTALL)
+SMALL = (
+    "train_fn.num_epochs = 1",
+    "train_fn.max_sequence_length = 8",
+    "train_fn.item_embedding_dim = 16",
+    "train_fn.local_batch_size = 32",
+)
+SMALL_SOURCES = {"synthetic": ["--synthetic_users=60", "--synthetic_items=100"], "custom": []}
+
+
+def commands(markdown: str) -> list[str]:
+    """The commands of all marked blocks; comments and prompts are dropped, continued lines joined."""
+    bodies = "\n".join(match["body"] for match in MARKED.finditer(markdown)).replace("\\\n", " ")
+    lines = (line.strip().removeprefix("$ ") for line in bodies.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+class Reader:
+    """Someone who types the README's commands in a fresh copy of the repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for pattern in COPIED:
+            for path in ROOT.glob(pattern):
+                copy = shutil.copytree if path.is_dir() else shutil.copy
+                copy(path, folder / path.name)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def type(self, line: str) -> None:
+        words = shlex.split(self._newest_run(line), comments=True)
+        match words:
+            case ["make", *arguments]:
+                self._run(["make", "--dry-run", *arguments])
+            case ["pip", "install", "-r", file]:
+                listed = (self.folder / file).read_text().splitlines()
+                assert [Requirement(entry) for entry in listed if not entry.startswith("#")]
+            case ["tensorboard", "--logdir", folder]:
+                assert list((self.folder / folder).rglob("events.out.tfevents.*")), f"{folder}: nothing to show"
+            case ["python", "main.py", *arguments]:
+                self._main([sys.executable], arguments)
+            case ["torchrun", *before] if "main.py" in before:
+                place = before.index("main.py")
+                self._main([sys.executable, "-m", "torch.distributed.run", *before[:place]], before[place + 1 :])
+            case ["python", "preprocess_public_data.py", *arguments]:
+                self._preprocess(arguments)
+            case _:
+                raise AssertionError(f"README: {line!r} is no command that this test knows")
+
+    def _newest_run(self, line: str) -> str:
+        """`exps/ml-1m-l200/<run>` stands for the newest run folder there."""
+
+        def newest(match: re.Match[str]) -> str:
+            group = self._small_group(match[1])
+            runs = sorted((self.folder / group).iterdir(), key=lambda path: path.stat().st_mtime)
+            return f"{group}/{runs[-1].name}"
+
+        replaced = re.sub(r"(exps/[\w-]+)/<run>", newest, line)
+        return re.sub(r"exps/[\w-]+?-l\d+(?=/?(\s|$))", lambda match: self._small_group(match[0]), replaced)
+
+    @staticmethod
+    def _small_group(group: str) -> str:
+        return re.sub(r"-l\d+$", "-l8", group)
+
+    def _main(self, interpreter: list[str], arguments: list[str]) -> None:
+        files = [a.partition("=")[2] for a in arguments if a.startswith("--gin_config_file=")]
+        if files:
+            name = config.load([self.folder / file for file in files]).experiment().dataset_name
+            if not (self.folder / "tmp" / name).exists():
+                write_toy_dataset(self.folder / "tmp", name)
+            arguments = [*arguments, *(f"--gin_bindings={binding}" for binding in SMALL)]
+        for flag in arguments:
+            if flag.startswith("--histories=") and not (self.folder / flag.partition("=")[2]).exists():
+                (self.folder / flag.partition("=")[2]).write_text('user_id,item_ids\n7,"sku-3,sku-6"\n')
+        self._run([*interpreter, "main.py", *arguments])
+
+    def _preprocess(self, arguments: list[str]) -> None:
+        name = preprocess_public_data.parser().parse_args(arguments).dataset
+        if name in SMALL_SOURCES:
+            self._run([sys.executable, "preprocess_public_data.py", *arguments, *SMALL_SOURCES[name]])
+        else:
+            assert name is None or sources.get(name)
+
+    def _run(self, command: list[str]) -> None:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    yield Reader(tmp_path)
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_marked_commands_of_the_readme_run(reader: Reader) -> None:
+    lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [line for line in lines if line.startswith("python main.py")]
+    for line in lines:
+        reader.type(line)
+
+
+def test_commands_are_those_of_marked_blocks() -> None:
+    text = (
+        "```bash\nno\n```\n<!-- test -->\n```bash\n# why\n$ a b\nc \\\n  d\n\n```\n<!-- test -->\n\n```bash\ne\n```\n"
+    )
+    assert commands(text) == ["a b", "c    d", "e"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make tset",
+        "pip install -r requirements-missing.txt",
+        "tensorboard --logdir exps/nothing-l8/",
+        "python preprocess_public_data.py --dataset=ml-7m",
+        "python main.py --gin_config_file=configs/ml-1m/missing.gin",
+        "curl https://example.org",
+    ],
+)
+def test_commands_that_cannot_work_fail(reader: Reader, line: str) -> None:
+    with pytest.raises((AssertionError, OSError, ValueError)):
+        reader.type(line)
+
+
+def test_commands_that_work_pass(reader: Reader) -> None:
+    for line in (
+        "make install TORCH_INDEX=https://example.org/cpu  # a comment",
+        "pip install -r requirements.txt",
+        "python preprocess_public_data.py --dataset=ml-1m --raw=../somewhere/ml-1m.zip",
+        "python preprocess_public_data.py --dataset=synthetic",
+        "python main.py --gin_config_file=configs/synthetic/hstu-demo.gin",
+        "tensorboard --logdir exps/synthetic-l100/",
+    ):
+        reader.type(line)
