@@ -1,7 +1,7 @@
 """The launcher: python main.py --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin
 
-Modes: train (default), evaluate and recommend; `--help` lists the flags. On a machine with several GPUs it starts one rank
-a GPU; under torchrun it is one of the ranks.
+Modes: train (default), evaluate and recommend; `--help` lists the flags. On a machine with several GPUs it starts one
+rank a GPU; under torchrun it is one of the ranks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
     from generative_recommenders.training.retrieval import Places, RetrievalExperiment, test_line
 
     if not arguments.gin_config_file and not arguments.gin_bindings:
-        raise ConfigError("--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin")
+        raise ConfigError(
+            "--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
+        )
     config = load(arguments.gin_config_file, arguments.gin_bindings)
     experiment = RetrievalExperiment(config, Places(arguments.data_dir, arguments.exps_dir), here)
     if arguments.dry_run:

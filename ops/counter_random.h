@@ -1,5 +1,5 @@
-// Counter-based random bits, the C++ twin of ops/random/reference.py: a value depends on (seed, key, lane) alone, so any
-// element can be drawn anywhere, in any order, by any number of threads, with the same result.
+// Counter-based random bits, the C++ twin of ops/random/reference.py: a value depends on (seed, key, lane) alone, so
+// any element can be drawn anywhere, in any order, by any number of threads, with the same result.
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,7 @@ class Op:
 
     def describe(self) -> tuple[str, str]:
         """The back-end "auto" takes on this machine and the reason the faster ones are not taken."""
-        reasons = []
+        reasons: list[str] = []
         for name, implementation in self.implementations.items():
             reason = implementation.refuses()
             if reason is None:

@@ -8,7 +8,7 @@
 
 namespace gr {
 
-// 32-byte vectors; rows are laid out in whole 64-byte cache lines so that threads working on different lines never meet.
+// 32-byte vectors. Rows are laid out in whole 64-byte cache lines, so threads working on different lines never meet.
 template <class T>
 struct Simd;
 template <>
@@ -56,6 +56,26 @@ inline float sum(Simd<float>::Vec v) {
 }
 
 inline double sum(Simd<double>::Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+
+// The largest of count >= 1 values; a NaN among them may or may not be the result.
+template <class T>
+inline T maximum(const T* values, int64_t count) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  T largest = values[0];
+  int64_t i = 0;
+  if (count >= 2 * kLanes) {
+    typename Simd<T>::Vec even = load(values), odd = load(values + kLanes);
+    for (i = 2 * kLanes; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      const typename Simd<T>::Vec a = load(values + i), b = load(values + i + kLanes);
+      even = a > even ? a : even;
+      odd = b > odd ? b : odd;
+    }
+    even = odd > even ? odd : even;
+    for (int lane = 0; lane < kLanes; ++lane) largest = even[lane] > largest ? even[lane] : largest;
+  }
+  for (; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+  return largest;
+}
 
 // Cache-line aligned scratch memory, uninitialized.
 struct Free {

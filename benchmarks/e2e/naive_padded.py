@@ -1,8 +1,9 @@
 """A deliberately naive training step of the published HSTU, for comparison only.
 
-Everything is padded to N = max_sequence_length + gr_output_length + 1: N x N scores and bias are materialized in every layer,
-negatives are gathered into a (tokens, R, D) tensor, and evaluation sorts the top 2,500 + N candidates of every user. The
-mathematics is that of the published code; it takes its parameters from our model, so both steps start alike.
+Everything is padded to N = max_sequence_length + gr_output_length + 1: N x N scores and bias are materialized in
+every layer, negatives are gathered into a (tokens, R, D) tensor, and evaluation sorts the top 2,500 + N candidates of
+every user. The mathematics is that of the published code; it takes its parameters from our model, so both steps start
+alike.
 """
 
 from __future__ import annotations

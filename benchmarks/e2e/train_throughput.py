@@ -2,8 +2,8 @@
 
     python benchmarks/e2e/train_throughput.py --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin
 
-Prints the median step of both on the same batches, seconds an epoch, seconds an evaluation of all users, and the ratios;
-appends a row to benchmarks/results/train_throughput.csv.
+Prints the median step of both on the same batches, seconds an epoch, seconds an evaluation of all users, and the
+ratios; appends a row to benchmarks/results/train_throughput.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.distributed.runtime import runtime
+from generative_recommenders.evaluation.retrieval import evaluate
 from generative_recommenders.retrieval.assemble import (
     Plan,
     Splits,
@@ -34,7 +35,6 @@ from generative_recommenders.retrieval.assemble import (
     training_counts,
     training_loader,
 )
-from generative_recommenders.evaluation.retrieval import evaluate
 from generative_recommenders.training.optim import adamw
 from generative_recommenders.training.reporting import environment
 
@@ -83,7 +83,9 @@ def main() -> int:
 
         row: dict[str, Any] = {"config": arguments.gin_config_file, "batch": plan.experiment.local_batch_size}
         step = statistics.median(timed([ours(b, i) for i, b in enumerate(batches)], 2, here.device))
-        collate = statistics.median(timed([lambda i=i: loader._collate(loader.order(0), 0, i) for i in range(20)], 2, here.device))
+        collate = statistics.median(
+            timed([lambda i=i: loader._collate(loader.order(0), 0, i) for i in range(20)], 2, here.device)
+        )
         row |= {"step_ms": step * 1e3, "collate_ms": collate * 1e3, "epoch_s": (step + collate) * steps_an_epoch}
 
         def evaluation() -> float:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ops.hstu_attention import hstu_attention, time_bucket  # noqa: E402  (a script finds the package by its own path)
+from ops.hstu_attention import hstu_attention, time_bucket
 
 PADDED, BATCH, BUCKETS = 211, 128, 128
 SHAPES = ((1, 50), (2, 25))
@@ -153,8 +153,9 @@ def main() -> None:
             both = statistics.median(sum(pair) for pair in seconds[name]) * 1e3
             row = {"provider": name, "heads": heads, "dim": dim, "tokens": x["grad"].shape[0]}
             row |= {"forward_ms": round(forward, 2), "backward_ms": round(backward, 2), "step_ms": round(both, 2)}
-            rows.append(row | {"peak_mb": round(memory, 1), "threads": torch.get_num_threads(), "torch": torch.__version__})
-            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+            row |= {"peak_mb": round(memory, 1), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            rows.append(row)
+            print(", ".join(f"{key} {value}" for key, value in row.items()))
         ours, theirs = rows[-2], rows[-1]
         faster, smaller = theirs["step_ms"] / ours["step_ms"], theirs["peak_mb"] / max(ours["peak_mb"], 0.1)
         print(f"{heads} x {dim}: {faster:.1f} times faster, 1/{smaller:.1f} of the memory")

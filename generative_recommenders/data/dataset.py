@@ -84,7 +84,9 @@ class PreparedDataset:
             metadata = json.loads(paths[2].read_text())
         except (pa.ArrowException, OSError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise DataError(f"dataset {name!r}: cannot read {folder}: {first}; try preparing it again with --force") from error
+            raise DataError(
+                f"dataset {name!r}: cannot read {folder}: {first}; try preparing it again with --force"
+            ) from error
         offsets, item_ids = _list_column(sequences, "item_ids", torch.int64)
         _, ratings = _list_column(sequences, "ratings", torch.float32)
         _, timestamps = _list_column(sequences, "timestamps", torch.int64)
@@ -116,7 +118,9 @@ def read_catalog(path: Path) -> Catalog:
         columns = set(pq.read_schema(path).names) & {"item_id", "raw_id", "title"}
         items = pq.read_table(path, columns=sorted(columns))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; try preparing the dataset again") from error
+        raise DataError(
+            f"{path}: cannot be read: {str(error).splitlines()[0]}; try preparing the dataset again"
+        ) from error
     titles = items.column("title").to_pylist() if "title" in columns else [None] * items.num_rows
     ids = _tensor(items.column("item_id").to_numpy(), torch.int64)
     if ids.numel() == 0 or int(ids[0]) < 1 or not bool((ids.diff() > 0).all()):
@@ -138,5 +142,6 @@ def _check(name: str, offsets: Tensor, item_ids: Tensor, ratings: Tensor, timest
         event = int(unknown[0])
         row = int(torch.searchsorted(offsets, event, right=True)) - 1
         raise DataError(
-            f"dataset {name!r}: sequences.parquet row {row} holds item {int(item_ids[event])}, which items.parquet lacks"
+            f"dataset {name!r}: sequences.parquet row {row} holds item {int(item_ids[event])}, "
+            "which items.parquet lacks"
         )

@@ -1,4 +1,4 @@
-"""HSTU encoder: Actions Speak Louder than Words (arXiv 2402.17152), section 3, in the variant of the public experiments.
+"""HSTU encoder: Actions Speak Louder than Words (arXiv 2402.17152), section 3, as in the public experiments.
 
 A layer, on jagged tokens x_TD with h heads:
 
@@ -6,15 +6,18 @@ A layer, on jagged tokens x_TD with h heads:
     Y = (SiLU(Q K^T + rab) / n, causal) V            n = max_sequence_length + gr_output_length + 1, a constant
     out = x + Dropout(U * LN(Y)) W_o + b_o           with concat_ua: [U, LN(Y), U * LN(Y)] W_o
 
-    rab[i, j] = pos_w[n - 1 + j - i] + ts_w[bucket(t_{i+1} - t_j)],   bucket(d) = clamp(trunc(ln(max(|d|, 1)) / 0.301), 0, 128)
+    rab[i, j] = pos_w[n - 1 + j - i] + ts_w[bucket(t_{i+1} - t_j)]
+    bucket(d) = clamp(trunc(ln(max(|d|, 1)) / 0.301), 0, 128)
 
 The bias of row i uses the time of the next event: the time at which the prediction is asked for.
 
 Deliberate differences from the published code:
-- rows are jagged and no N x N bias or score tensor exists; the result is the same, the row after the last is not computed;
+- rows are jagged and no N x N bias or score tensor exists; the result is the same, the row after the last is not
+  computed;
 - `enable_relative_attention_bias=False` runs (published: an assertion), and `attn_dropout_rate` drops attention weights
   (published: accepted and unused);
-- `softmax_rel_bias` masks the future before the softmax (published: after it, so future keys leak into the denominator);
+- `softmax_rel_bias` masks the future before the softmax (published: after it, so future keys leak into the
+  denominator);
 - time buckets are compared with integer thresholds, exact on every device, instead of a float32 logarithm;
 - `linear_config` has no second value there, and `activation_checkpoint` is honored here.
 Initial values follow the published code: W_uvqk, pos_w and ts_w normal(0, 0.02), W_o Xavier-uniform, and the input's

@@ -4,15 +4,16 @@ A block:
 
     Q = LN(x);  a = MHA(Q, x, x);  z = LN(Q + a);  x' = z + Dropout(W2 Dropout(act(W1 z)))
 
-Keys and values are not normalized, the residual is on Q, layer norms have no parameters (eps 1e-8) and there is no final
-one: quirks of the public code, kept for parity. `ffn_dropout_rate` is also the dropout of attention probabilities.
-Differences: rows are jagged; the unused `predict` is gone; dropout masks are keyed per token.
-Initial values: every matrix Xavier-normal (the fused query-key-value matrix as one), attention biases 0, feed-forward biases
+Keys and values are not normalized, the residual is on Q, layer norms have no parameters (eps 1e-8) and there is no
+final one: quirks of the public code, kept for parity. `ffn_dropout_rate` is also the dropout of attention
+probabilities. Differences: rows are jagged; the unused `predict` is gone; dropout masks are keyed per token. Initial
+values: every matrix Xavier-normal (the fused query-key-value matrix as one), attention biases 0, feed-forward biases
 uniform(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ from generative_recommenders.nn.inputs import PositionalInput
 
 _EPS = 1e-8
 _STREAMS_PER_LAYER = 4
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 @configurable("sasrec_encoder")
@@ -52,7 +53,8 @@ class SASRecConfig:
     def build(self, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool) -> SASRec:
         if dim % self.num_heads:
             raise ValueError(
-                f"sasrec_encoder.num_heads: got {self.num_heads}, expected a divisor of train_fn.item_embedding_dim = {dim}"
+                f"sasrec_encoder.num_heads: got {self.num_heads}, "
+                f"expected a divisor of train_fn.item_embedding_dim = {dim}"
             )
         return SASRec(self, dim, num_positions, input_dropout, activation_checkpoint)
 
@@ -91,9 +93,7 @@ class SASRecLayer(nn.Module):
         k, v = (p.unflatten(-1, (heads, -1)) for p in F.linear(x_TD, w[dim:], b[dim:]).chunk(2, dim=-1))
         if queries is None:
             rate = self.config.ffn_dropout_rate if self.training else 0.0
-            attended = causal_attention(
-                q, k, v, groups, dropout_rate=rate, stream=self.attention_stream, draws=draws
-            )
+            attended = causal_attention(q, k, v, groups, dropout_rate=rate, stream=self.attention_stream, draws=draws)
         else:
             attended = last_query_attention(q, k, v, batch.offsets)
         z = F.layer_norm(normed + self.out_proj(attended.flatten(1)), (dim,), eps=_EPS)

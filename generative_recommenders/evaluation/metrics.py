@@ -1,9 +1,9 @@
 """Ranking metrics of the published experiments (fact sheet section 1.10).
 
-For a target of rank r (1 is best): hr@K = [r <= K]; ndcg@K = [r <= K] / log2(r + 1), one relevant item being the ideal;
-mrr = 1 / r. The published evaluation looks at the best `MAX_RANK` candidates that were not seen: a target beyond them, or
-itself in the seen history, is a miss of rank `MAX_RANK + 1`. The `>=4` variants average over users whose target is rated at
-least 4.
+For a target of rank r (1 is best): hr@K = [r <= K]; ndcg@K = [r <= K] / log2(r + 1), one relevant item being the
+ideal; mrr = 1 / r. The published evaluation looks at the best `MAX_RANK` candidates that were not seen: a target
+beyond them, or itself in the seen history, is a miss of rank `MAX_RANK + 1`. The `>=4` variants average over users
+whose target is rated at least 4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Evaluates next-item retrieval: the rank of each user's held-out event in the catalogue, minus the history the model saw.
+"""Evaluates next-item retrieval: the rank of each user's held-out event in the catalogue, less the seen history.
 
-Ranks are counted block by block, nothing is sorted. Each rank of a distributed run ranks its share of the users; the ranks
-themselves are gathered, so every metric is computed once from all users and does not depend on the number of ranks.
+Ranks are counted block by block, nothing is sorted. Each rank of a distributed run ranks its share of the users; the
+ranks themselves are gathered, so every metric is computed once from all users and does not depend on the number of
+ranks.
 """
 
 from __future__ import annotations

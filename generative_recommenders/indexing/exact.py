@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ops.rank import rank_of_target, topk
@@ -27,7 +28,7 @@ class TopK(Protocol):
 
 
 class MIPSBruteForceTopK:
-    """Maximum inner product over all candidates, streamed in blocks."""
+    """Maximum inner product over all candidates, streamed in blocks; `max_rows` bounds the queries scored at a time."""
 
     def __init__(self, table_VD: Tensor, candidate_ids_X: Tensor, max_rows: int | None = None) -> None:
         self.table_VD = table_VD
@@ -40,21 +41,42 @@ class MIPSBruteForceTopK:
     def __call__(
         self, queries_BD: Tensor, k: int, seen_offsets: Tensor | None = None, seen_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        scores, ids, _ = topk(queries_BD, self.table_VD, self.candidate_ids_X, k, seen_offsets, seen_ids)
-        return scores, ids
+        if seen_offsets is None or seen_ids is None:
+            seen_offsets = torch.zeros(queries_BD.shape[0] + 1, dtype=torch.int64, device=queries_BD.device)
+            seen_ids = seen_offsets[:0]
+        parts = [
+            topk(queries_BD[rows], self.table_VD, self.candidate_ids_X, k, *_seen_of(rows, seen_offsets, seen_ids))
+            for rows in self._slices(queries_BD.shape[0])
+        ]
+        return torch.cat([scores for scores, _, _ in parts]), torch.cat([ids for _, ids, _ in parts])
 
     def rank_of_target(
         self, queries_BD: Tensor, targets_B: Tensor, seen_offsets: Tensor, seen_ids: Tensor, *, filter_history: bool
     ) -> Tensor:
-        return rank_of_target(
-            queries_BD,
-            self.table_VD,
-            self.candidate_ids_X,
-            targets_B,
-            seen_offsets,
-            seen_ids,
-            filter_history=filter_history,
-        )
+        parts = [
+            rank_of_target(
+                queries_BD[rows],
+                self.table_VD,
+                self.candidate_ids_X,
+                targets_B[rows],
+                *_seen_of(rows, seen_offsets, seen_ids),
+                filter_history=filter_history,
+            )
+            for rows in self._slices(queries_BD.shape[0])
+        ]
+        return torch.cat(parts)
+
+    def _slices(self, rows: int) -> list[slice]:
+        step = self.max_rows or max(rows, 1)
+        return [slice(first, min(first + step, rows)) for first in range(0, max(rows, 1), step)]
+
+
+def _seen_of(rows: slice, offsets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The jagged seen lists of a slice of the rows."""
+    if rows.start == 0 and rows.stop == offsets.numel() - 1:
+        return offsets, ids
+    own = offsets[rows.start : rows.stop + 1]
+    return own - own[0], ids[int(own[0]) : int(own[-1])]
 
 
 TOP_K_METHODS = {"MIPSBruteForceTopK": MIPSBruteForceTopK}

@@ -17,7 +17,9 @@ from generative_recommenders.nn.outputs import l2_normalize
 
 
 class BCELoss(Objective):
-    def __init__(self, sampler: NegativesSampler, item_l2_norm: bool, l2_norm_eps: float, logq_correction: bool) -> None:
+    def __init__(
+        self, sampler: NegativesSampler, item_l2_norm: bool, l2_norm_eps: float, logq_correction: bool
+    ) -> None:
         super().__init__()
         self.sampler = sampler
         self.item_l2_norm = item_l2_norm

@@ -1,7 +1,7 @@
 """Cross-entropy over the whole catalogue.
 
-The candidates are the catalogue's items (not padding row 0, not ids that do not exist), `item_l2_norm` and the similarity
-module are honored, and logits exist only a block at a time: memory does not grow with tokens x items.
+The candidates are the catalogue's items (not padding row 0, not ids that do not exist), `item_l2_norm` and the
+similarity module are honored, and logits exist only a block at a time: memory does not grow with tokens x items.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Samplers of negative item ids.
 
-A sampler draws R ids for every token, keyed per token, and knows the log-probability of each id under it, which the logQ
-correction subtracts (Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations", RecSys
-2019). Ids stay int64 from end to end. Draws are with replacement; a negative that equals the positive is masked by the loss.
+A sampler draws R ids for every token, keyed per token, and knows the log-probability of each id under it, which the
+logQ correction subtracts (Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations",
+RecSys 2019). Ids stay int64 from end to end. Draws are with replacement; a negative that equals the positive is
+masked by the loss.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     s = sim(o_t, n(E[.])) / temperature;   a negative equal to the positive gets -5e4;   loss_t = logsumexp(s+, s-) - s+
 
-n is the L2 norm where `item_l2_norm`. With `logq_correction` the sampler's log-probability of an item is subtracted from its
-logits. The published code has no correction and sends ids through float32 on the way; ids stay int64 here.
+n is the L2 norm where `item_l2_norm`. With `logq_correction` the sampler's log-probability of an item is subtracted
+from its logits. The published code has no correction and sends ids through float32 on the way; ids stay int64 here.
 """
 
 from __future__ import annotations

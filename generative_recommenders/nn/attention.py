@@ -1,8 +1,8 @@
 """Causal softmax attention over jagged rows, on PyTorch's own attention.
 
-PyTorch's attention wants rectangles. Rows are laid out in groups of similar length, longest first, so the rectangles are
-nearly full: on MovieLens-1M a batch of 128 windows computes 2.2 M score pairs where one rectangle would compute 5.1 M. No
-rectangle spans the batch; a group holds at most `_GROUP_TOKENS` tokens.
+PyTorch's attention wants rectangles. Rows are laid out in groups of similar length, longest first, so the rectangles
+are nearly full: on MovieLens-1M a batch of 128 windows computes 2.2 M score pairs where one rectangle would compute
+5.1 M. No rectangle spans the batch; a group holds at most `_GROUP_TOKENS` tokens.
 """
 
 from __future__ import annotations

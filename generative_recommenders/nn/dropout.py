@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of (step, layer, user row, position, feature) and of nothing else.
 
-The same token gets the same mask on whichever rank, in whichever batch layout and on whichever device it is computed, so a
-run on two ranks equals one rank with the doubled batch, and a resumed run needs no generator state.
+The same token gets the same mask on whichever rank, in whichever batch layout and on whichever device it is computed,
+so a run on two ranks equals one rank with the doubled batch, and a resumed run needs no generator state.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Item embedding tables.
 
-This file is the seam for sharded tables: a model asks for `lookup(ids)` and, where it scores the catalogue, for `table`.
+This file is the seam for sharded tables: a model asks for `lookup(ids)` and, where it scores the catalogue, for
+`table`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ class LayerNormOutput(nn.Module):
         return F.layer_norm(states, states.shape[-1:], eps=self.eps)
 
 
-OUTPUTS: dict[str, type[L2NormOutput] | type[LayerNormOutput]] = {"l2_norm": L2NormOutput, "layer_norm": LayerNormOutput}
+OUTPUTS: dict[str, type[L2NormOutput] | type[LayerNormOutput]] = {
+    "l2_norm": L2NormOutput,
+    "layer_norm": LayerNormOutput,
+}
 
 
 def l2_normalize(x: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""Bindings of the retrieval experiment (`main.experiment = @train_fn`), under the public names, with the public defaults.
+"""Bindings of the retrieval experiment (`main.experiment = @train_fn`): the public names with the public defaults.
 
-Where a public default could not run (interaction module "", no resume) ours does. Names the public code does not have are
-marked "ours". Everything is checked here, at construction, before any data is read.
+Where a public default could not run (interaction module "", no resume) ours does. Names the public code does not have
+are marked "ours". Everything is checked here, at construction, before any data is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TOP_K_OF_SIMILARITY = {
     "MoL": ("MoLBruteForceTopK",),
 }
 _POSITIVE = (
-    "max_sequence_length local_batch_size eval_batch_size num_negatives eval_interval full_eval_every_n save_ckpt_every_n "
-    "partial_eval_num_iters item_embedding_dim"
+    "max_sequence_length local_batch_size eval_batch_size num_negatives eval_interval full_eval_every_n "
+    "save_ckpt_every_n partial_eval_num_iters item_embedding_dim"
 ).split()
 _NOT_NEGATIVE = (
     "num_epochs num_warmup_steps weight_decay gr_output_length early_stopping_patience gradient_clip_norm "
@@ -30,26 +30,29 @@ _ABOVE_ZERO = ("learning_rate", "temperature", "l2_norm_eps")
 @configurable("train_fn")
 @dataclass(frozen=True)
 class RetrievalConfig:
-    """Data: dataset_name, max_sequence_length (history events a user), positional_sampling_ratio (share of training events
-    kept), stochastic_length_alpha (ours; see `data.collate`).
+    """Bindings `train_fn.*`.
+
+    Data: dataset_name, max_sequence_length (history events a user), positional_sampling_ratio (share of training
+    events kept), stochastic_length_alpha (ours; see `data.collate`).
 
     Model: main_module, item_embedding_dim, dropout_rate (of the input), user_embedding_norm, gr_output_length (extra
     positions: the attention normalizer and position tables have max_sequence_length + gr_output_length + 1),
     main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
 
-    Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm, l2_norm_eps,
-    logq_correction (ours), loss_activation_checkpoint (recompute the loss in backward), loss_weights (auxiliary losses).
+    Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
+    l2_norm_eps, logq_correction (ours), loss_activation_checkpoint (recompute the loss in backward), loss_weights
+    (auxiliary losses).
 
     Optimization: num_epochs, learning_rate, num_warmup_steps, weight_decay, gradient_clip_norm (ours, 0 is off),
     local_batch_size (users a rank), enable_tf32, random_seed.
 
-    Evaluation: eval_split (ours): "test" trains on all but each user's last event and follows the test curve, the published
-    protocol; "valid" holds out the last two, evaluates on the first of them, keeps the best epoch and ends with its test
-    metrics. early_stopping_patience (ours): evaluations without improvement of early_stopping_metric before stopping, 0 is
-    off, "valid" only. eval_batch_size, eval_user_max_batch_size (rows scored at a time), top_k_method, filter_history
-    (ours: candidates seen in the window are excluded; a target among them is a miss). eval_interval: steps between
-    metrics on the current training batch. full_eval_every_n: epochs between complete evaluations; the others stop after
-    partial_eval_num_iters batches.
+    Evaluation: eval_split (ours): "test" trains on all but each user's last event and follows the test curve, the
+    published protocol; "valid" holds out the last two, evaluates on the first of them, keeps the best epoch and ends
+    with its test metrics. early_stopping_patience (ours): evaluations without improvement of early_stopping_metric
+    before stopping, 0 is off, "valid" only. eval_batch_size, eval_user_max_batch_size (rows scored at a time),
+    top_k_method, filter_history (ours: candidates seen in the window are excluded; a target among them is a miss).
+    eval_interval: steps between metrics on the current training batch. full_eval_every_n: epochs between complete
+    evaluations; the others stop after partial_eval_num_iters batches.
 
     Checkpoints: save_ckpt_every_n (epochs between kept ones), checkpoint_every_n_steps (ours: rolling ones within an
     epoch, 0 is only at its end), resume (ours): "auto" continues the newest unfinished run of this very config,
@@ -160,7 +163,9 @@ class LoaderConfig:
         if self.num_workers < 0:
             raise ValueError(f"create_data_loader.num_workers: got {self.num_workers}, expected at least 0")
         if self.prefetch_factor is not None and self.prefetch_factor < 1:
-            raise ValueError(f"create_data_loader.prefetch_factor: got {self.prefetch_factor}, expected at least 1 or None")
+            raise ValueError(
+                f"create_data_loader.prefetch_factor: got {self.prefetch_factor}, expected at least 1 or None"
+            )
 
 
 @configurable("get_sequential_encoder")

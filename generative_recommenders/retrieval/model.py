@@ -20,7 +20,7 @@ from generative_recommenders.nn.outputs import l2_normalize
 
 
 class RetrievalModel(nn.Module):
-    """A task: `forward(batch, seed)` is the training loss, `last_queries` and `top_k` serve evaluation and recommending."""
+    """`forward(batch, seed)` is the training loss; `last_queries` and `top_k` serve evaluation and recommending."""
 
     catalog_X: Tensor
 
@@ -75,8 +75,8 @@ class RetrievalModel(nn.Module):
     def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the global mean loss, and global scalars by name, without gradient.
 
-        The value is scaled so that averaging gradients over ranks, as DistributedDataParallel does, gives the gradient of
-        the mean over the global batch, however unequal the ranks' shares are.
+        The value is scaled so that averaging gradients over ranks, as DistributedDataParallel does, gives the
+        gradient of the mean over the global batch, however unequal the ranks' shares are.
         """
         draws = Draws.of(batch, seed)
         tokens = self._token_losses(self.queries(batch, draws), batch.next_item_ids_T, draws)
@@ -87,7 +87,9 @@ class RetrievalModel(nn.Module):
         for name, weight in self.loss_weights.items():
             if name not in tokens.auxiliary:
                 known = ", ".join(sorted(tokens.auxiliary)) or "none"
-                raise ValueError(f"train_fn.loss_weights: got {name!r}, expected an auxiliary loss of this model ({known})")
+                raise ValueError(
+                    f"train_fn.loss_weights: got {name!r}, expected an auxiliary loss of this model ({known})"
+                )
             loss = loss + weight * tokens.auxiliary[name]
         local = {"main_loss": main, "ar_loss": loss, **tokens.auxiliary}
         # What is reported is the global batch's value, the same on every rank.

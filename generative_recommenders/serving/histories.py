@@ -70,13 +70,17 @@ def read_histories(path: Path) -> Histories:
         parsed = [_list(value, path, row, "timestamps") for row, value in enumerate(table["timestamps"])]
         for row, (ids, values) in enumerate(zip(items, parsed, strict=True)):
             if len(ids) != len(values):
-                raise DataError(f"{path}: row {row + 1} has {len(ids)} item_ids and {len(values)} timestamps, expected equal")
+                raise DataError(
+                    f"{path}: row {row + 1} has {len(ids)} item_ids and {len(values)} timestamps, expected equal"
+                )
         times = [[_integer(v, path, row, "timestamps") for v in values] for row, values in enumerate(parsed)]
     requests: list[int | None] = [None] * len(items)
     if "request_timestamp" in table.columns:
         column = "request_timestamp"
         requests = [None if _absent(v) else _integer(v, path, row, column) for row, v in enumerate(table[column])]
-    users = table["user_id"].map(_raw_id).tolist() if "user_id" in table.columns else [str(i) for i in range(len(items))]
+    users = (
+        table["user_id"].map(_raw_id).tolist() if "user_id" in table.columns else [str(i) for i in range(len(items))]
+    )
     return Histories(users, items, times, requests)
 
 

@@ -74,10 +74,14 @@ class Recommender:
         for first in range(0, len(users), _BATCH):
             chosen = users[first : first + _BATCH]
             rows = [self._row(known[u], histories.timestamps[u], histories.request_timestamps[u]) for u in chosen]
-            parts.append(self._frame([histories.user_ids[u] for u in chosen], _batch(rows).to(self.device), k, filter_history))
+            parts.append(
+                self._frame([histories.user_ids[u] for u in chosen], _batch(rows).to(self.device), k, filter_history)
+            )
         return pd.concat(parts, ignore_index=True)
 
-    def _row(self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None) -> tuple[Tensor, Tensor, int]:
+    def _row(
+        self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None
+    ) -> tuple[Tensor, Tensor, int]:
         """Ids and timestamps of the window and the time of the request."""
         window = kept[-self.max_sequence_length :]
         ids = torch.tensor([i for _, i in window])

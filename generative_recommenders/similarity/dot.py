@@ -1,7 +1,7 @@
 """Dot-product similarity, and what any similarity offers.
 
-A similarity scores query states against item embeddings. `DotProduct` marks the case in which scoring is a matrix product,
-for which losses and top-k have fused ops; every other similarity goes through `forward`.
+A similarity scores query states against item embeddings. `DotProduct` marks the case in which scoring is a matrix
+product, for which losses and top-k have fused ops; every other similarity goes through `forward`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class DotProduct(nn.Module):
     """Score = <query, item>."""
 
     def forward(self, queries_TD: Tensor, items: Tensor) -> tuple[Tensor, AuxiliaryLosses]:
-        """Items (X, D) shared by all queries, or (T, R, D) of each its own: scores (T, X) or (T, R), no auxiliary loss."""
+        """Scores (T, X) of items (X, D) shared by all queries, (T, R) of items (T, R, D); no auxiliary loss."""
         if items.dim() == 2:
             return queries_TD @ items.T, {}
         return torch.einsum("td,trd->tr", queries_TD, items), {}

@@ -1,8 +1,9 @@
 """Checkpoints: one directory each, whole or absent, with everything needed to go on or to rebuild the model.
 
-`step-00000480/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` (progress, seeds, versions, dataset) and
-`config.gin` (operative), and `items.parquet`, the map from item ids to raw ids. It is written under another name and renamed, so a process killed at any moment leaves the earlier
-ones untouched. Nothing is pickled. All randomness of a step derives from (seed, step), so progress is the generator state.
+`step-00000480/` holds `model.safetensors`, `optimizer.safetensors`, `state.json` (progress, seeds, versions, dataset)
+and `config.gin` (operative), and `items.parquet`, the map from item ids to raw ids. It is written under another name
+and renamed, so a process killed at any moment leaves the earlier ones untouched. Nothing is pickled. All randomness
+of a step derives from (seed, step), so progress is the generator state.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class CheckpointError(UserError):
 
 @dataclass
 class Progress:
-    """Where a run stands: `batch` batches of `epoch` are done, `step` in all; the evaluation of an epoch follows its last."""
+    """Where a run stands: `batch` batches of `epoch` are done, `step` in all; an epoch ends with its evaluation."""
 
     epoch: int = 0
     batch: int = 0
@@ -60,7 +61,9 @@ class Checkpoint:
         """Raises CheckpointError where a file is missing or `state.json` is not ours."""
         for name in _FILES:
             if not (path / name).exists():
-                raise CheckpointError(f"checkpoint {path}: {name} is missing; expected a directory written by this project")
+                raise CheckpointError(
+                    f"checkpoint {path}: {name} is missing; expected a directory written by this project"
+                )
         try:
             state = json.loads((path / "state.json").read_text())
             progress = Progress(**state["progress"])
@@ -85,7 +88,9 @@ class Checkpoint:
                 )
         missing = sorted(own.keys() - tensors.keys())
         if missing:
-            raise CheckpointError(f"checkpoint {self.path}: {missing[0]} is missing; was it trained with another config?")
+            raise CheckpointError(
+                f"checkpoint {self.path}: {missing[0]} is missing; was it trained with another config?"
+            )
         model.load_state_dict(tensors)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, device: torch.device | str = "cpu") -> None:
@@ -119,7 +124,9 @@ class CheckpointFolder:
         if not self.folder.is_dir():
             return []
         names = (p.name for p in self.folder.iterdir() if p.is_dir())
-        return sorted(int(n.removeprefix(_PREFIX)) for n in names if n.startswith(_PREFIX) and n[len(_PREFIX) :].isdigit())
+        return sorted(
+            int(n.removeprefix(_PREFIX)) for n in names if n.startswith(_PREFIX) and n[len(_PREFIX) :].isdigit()
+        )
 
     def latest(self) -> Checkpoint | None:
         steps = self.steps()
@@ -193,8 +200,12 @@ def disk_error(error: OSError | SafetensorError, target: Path) -> CheckpointErro
     number = getattr(error, "errno", None)
     reason = os.strerror(number) if number else str(error)
     full = number == errno.ENOSPC or "os error 28" in reason
-    hint = "free some space and start the same command again" if full else "check the folder, then start the same command"
-    return CheckpointError(f"cannot write {target}: {reason} ({free / 1e6:.0f} MB free); earlier files are intact; {hint}")
+    hint = (
+        "free some space and start the same command again" if full else "check the folder, then start the same command"
+    )
+    return CheckpointError(
+        f"cannot write {target}: {reason} ({free / 1e6:.0f} MB free); earlier files are intact; {hint}"
+    )
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

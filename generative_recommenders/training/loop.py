@@ -70,8 +70,8 @@ class StopSignal:
 class Trainer:
     """One run: a task, its settings, and where it reports and saves.
 
-    `config` is the operative gin text; it, `facts` (dataset fingerprint and the like) and `extra_files` (the item map) go
-    into every checkpoint.
+    `config` is the operative gin text; it, `facts` (dataset fingerprint and the like) and `extra_files` (the item
+    map) go into every checkpoint.
     """
 
     task: Task
@@ -127,7 +127,11 @@ class Trainer:
         self._require_finite(loss_sum)
         seconds = time.perf_counter() - began
         steps = progress.batch - first
-        train = {"loss": float(loss_sum) / max(1, steps), "seconds": seconds, "tokens_per_second": float(tokens) / seconds}
+        train = {
+            "loss": float(loss_sum) / max(1, steps),
+            "seconds": seconds,
+            "tokens_per_second": float(tokens) / seconds,
+        }
         self._evaluate_epoch(epoch, train if steps else None)
         progress.epoch, progress.batch = epoch + 1, 0
         every = self.settings.save_ckpt_every_n
@@ -172,7 +176,8 @@ class Trainer:
         latest = self.folder.latest()
         last = f"the last checkpoint is {latest.path}" if latest else "no checkpoint was written yet"
         raise Diverged(
-            f"training loss: got a value that is not finite at step {self.progress.step} (epoch {self.progress.epoch}); "
+            f"training loss: got a value that is not finite at step {self.progress.step} "
+            f"(epoch {self.progress.epoch}); "
             f"{last}; try a lower train_fn.learning_rate or train_fn.gradient_clip_norm = 1.0"
         )
 
@@ -206,7 +211,8 @@ class Trainer:
         told = f"loss {train['loss']:.4f} in {train['seconds']:.1f}s, " if train else ""
         partial = "" if complete else f" (first {evaluation.num_users} users)"
         reporter.say(
-            f"epoch {epoch}: {told}{settings.followed_split} {evaluation.summary()} in {evaluation.seconds:.1f}s{partial}"
+            f"epoch {epoch}: {told}{settings.followed_split} {evaluation.summary()} "
+            f"in {evaluation.seconds:.1f}s{partial}"
         )
 
     def _patience_exhausted(self) -> bool:
@@ -231,9 +237,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.seconds = time.perf_counter() - self.started
         if self.runtime.is_main:
-            self.folder.save(
-                self.task.model, self.optimizer, self.progress, self.config, self.facts, self.extra_files
-            )
+            self.folder.save(self.task.model, self.optimizer, self.progress, self.config, self.facts, self.extra_files)
         self.runtime.barrier()
 
     def _stop_if_asked(self, saved: bool = False) -> None:

@@ -1,7 +1,8 @@
 """What a run leaves for people: TensorBoard curves, `metrics.jsonl`, `metrics.json` and console lines.
 
 Tags are the public ones: `losses/ar_loss` and `losses/main_loss` every step, `loss/train`, `lr` and `eval/*` every
-`eval_interval` steps, `eval_epoch/*` and `eval_epoch_full/*` by epoch; added are `eval_valid/*`, `eval_test/*`, `perf/*`.
+`eval_interval` steps, `eval_epoch/*` and `eval_epoch_full/*` by epoch; added are `eval_valid/*`, `eval_test/*`,
+`perf/*`.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Reporter:
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in hyperparameters.items()}
         metrics = {f"final/{name}": value for name, value in record["metrics"].items()}
         for summary in hparams(plain, metrics):
-            self.writer.file_writer.add_summary(summary)
+            self.writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, 0)
         self.writer.flush()

@@ -145,7 +145,8 @@ class RetrievalExperiment:
             path = newest_run(self.group, self.identity)
             if path is None:
                 raise CheckpointError(
-                    f"--checkpoint: not given and no run of this config in {self.group}; try --mode=train first, or name one"
+                    f"--checkpoint: not given and no run of this config in {self.group}; "
+                    "try --mode=train first, or name one"
                 )
         checkpoint = find_checkpoint(path)
         self.require_same_dataset(checkpoint)
@@ -167,10 +168,10 @@ class RetrievalExperiment:
         return "\n".join(
             (
                 f"run         {self.plan.describe()}",
-                f"dataset     {self.dataset.name}: {self.dataset.num_users:,} users, {len(self.dataset.catalog):,} items, "
-                f"{self.dataset.item_ids_E.numel():,} events",
-                f"parameters  {parameters:,} ({parameters * 4 / 1e6:.1f} MB; {parameters * 16 / 1e6:.1f} MB with gradients "
-                "and AdamW)",
+                f"dataset     {self.dataset.name}: {self.dataset.num_users:,} users, "
+                f"{len(self.dataset.catalog):,} items, {self.dataset.item_ids_E.numel():,} events",
+                f"parameters  {parameters:,} ({parameters * 4 / 1e6:.1f} MB; "
+                f"{parameters * 16 / 1e6:.1f} MB with gradients and AdamW)",
                 f"steps       {len(loader):,} an epoch, {len(loader) * e.num_epochs:,} in {e.num_epochs} epochs",
                 f"first batch {batch.size} users, {batch.item_ids_T.numel():,} events, loss {loss.item():.4f}",
             )
@@ -189,8 +190,8 @@ class RetrievalExperiment:
             split = self.splits.named(name)
             if len(split) == 0:
                 raise DataError(
-                    f"dataset {self.dataset.name!r}: no user has a history and a target in the {name} split, expected users "
-                    f"with at least {split.ignore_last_n + 2} events"
+                    f"dataset {self.dataset.name!r}: no user has a history and a target in the {name} split, "
+                    f"expected users with at least {split.ignore_last_n + 2} events"
                 )
             if split.num_skipped and self.runtime.is_main:
                 logger.info(

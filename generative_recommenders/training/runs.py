@@ -1,4 +1,4 @@
-"""Where runs live: `<exps>/<dataset>-l<max_sequence_length>/<description>-<date>-<time>/`, and which one to continue."""
+"""Where runs live, `<exps>/<dataset>-l<max_sequence_length>/<description>-<date>-<time>/`, and which to continue."""
 
 from __future__ import annotations
 
@@ -77,9 +77,8 @@ def newest_run(group: Path, identity: str | None = None) -> Path | None:
         if not CheckpointFolder(folder / "checkpoints").steps():
             continue
         note = folder / _IDENTITY
-        if identity is not None:
-            if not note.exists() or json.loads(note.read_text()).get("identity") != identity:
-                continue
+        if identity is not None and not (note.exists() and json.loads(note.read_text()).get("identity") == identity):
+            continue
         candidates.append(folder)
     return max(candidates, key=lambda folder: folder.stat().st_mtime, default=None)
 
@@ -96,7 +95,8 @@ def find_checkpoint(path: Path, prefer_best: bool = True) -> Checkpoint:
     latest = folder.latest()
     if latest is None:
         raise CheckpointError(
-            f"checkpoint {path}: got a folder without checkpoints, expected a run folder or one of its checkpoints/step-*"
+            f"checkpoint {path}: got a folder without checkpoints, "
+            "expected a run folder or one of its checkpoints/step-*"
         )
     best = latest.progress.best_step
     if prefer_best and best is not None and (path / METRICS_FINAL).exists() and folder.path(best).exists():

@@ -29,8 +29,8 @@ def dropout(
 ) -> torch.Tensor:
     """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate); x itself when not training.
 
-    x_TD: (T, ...) floats, trailing dimensions numbered row-major as one; keys_T: int64 (T,), what names a row, for instance
-    its index in the batch. Elements are dropped, not multiplied by zero: NaN under the mask becomes 0.
+    x_TD: (T, ...) floats, trailing dimensions numbered row-major as one; keys_T: int64 (T,), what names a row, for
+    instance its index in the batch. Elements are dropped, not multiplied by zero: NaN under the mask becomes 0.
     Raises ValueError for a rate outside [0, 1) or keys that do not fit.
     """
     if not 0.0 <= rate < 1.0:

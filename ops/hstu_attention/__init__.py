@@ -1,9 +1,10 @@
-"""Pointwise SiLU attention of HSTU on jagged rows, with relative bias, the whole mask contract, dropout and subset queries.
+"""Pointwise SiLU attention of HSTU on jagged rows: relative bias, the whole mask contract, dropout, subsets of queries.
 
 Source: "Actions Speak Louder than Words" (arXiv 2402.17152), section 3.3. The bias (a position table plus a table over
-bucketed time differences) is read inside the kernel, so that no N x N tensor exists in forward or backward. Differences from the
-published code: the normalizer is the constant `max_seq_len` or what the caller passes, never the longest row of the batch;
-time buckets are exact integers (`ops.hstu_attention.buckets`); attention dropout works, and is the same on every back-end.
+bucketed time differences) is read inside the kernel, so that no N x N tensor exists in forward or backward. Differences
+from the published code: the normalizer is the constant `max_seq_len` or what the caller passes, never the longest row
+of the batch; time buckets are exact integers (`ops.hstu_attention.buckets`); attention dropout works, and is the same
+on every back-end.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _check_scale(scale: float | Tensor | None, batch: int) -> None:
     if not isinstance(scale, Tensor):
         return
     if tuple(scale.shape) != (batch,) or not scale.is_floating_point():
-        _fail("scale", f"{scale.dtype} {tuple(scale.shape)}", f"a number or floating point ({batch},), one value a jagged row")
+        _fail("scale", f"{scale.dtype} {tuple(scale.shape)}", f"a number or floats ({batch},), one a jagged row")
     if scale.requires_grad:
         _fail("scale", "a tensor that requires gradients", "a constant; try scale.detach()")
 
@@ -98,21 +99,23 @@ def hstu_attention(
     q_THK, k_THK (T, H, K) and v_THV (T, H, V), one floating point type; offsets int64 (B + 1,), from 0 to T. Returns
     (T, H, V). With n = max_seq_len, which no row may exceed, for query i and key j of one row and head h:
 
-        bias[h, i, j] = position_weights[h, (n - 1) + j - i] + time_weights[h, time_bucket(query_times[i] - key_times[j])]
+        bias[h, i, j] = position_weights[h, (n - 1) + j - i]
+                        + time_weights[h, time_bucket(query_times[i] - key_times[j])]
 
     - scale: None = 1 / max_seq_len; a number; or (B,), one value a jagged row (no gradient).
     - position_weights (2n - 1,) or (H, 2n - 1); time_weights (buckets + 1,) or (H, buckets + 1), with query_times and
       key_times int64 (T,), any unit. Which time a query carries is the caller's choice (HSTU: that of the next event).
-    - Mask: causal with the diagonal, and then as `reference.valid_mask` says: num_targets int64 (B,) trailing targets a row
-      that see the history and themselves only; max_attn_len > 0, a window; the last min_full_attn_seq_len ids are
+    - Mask: causal with the diagonal, and then as `reference.valid_mask` says: num_targets int64 (B,) trailing targets a
+      row that see the history and themselves only; max_attn_len > 0, a window; the last min_full_attn_seq_len ids are
       exempt from it; contextual_seq_len leading positions that see the whole history. 0 turns each off.
     - Dropout keeps weight (i, h, j) iff `lane_bits(token_hash(dropout_seed, row_keys[i]), h * n + j)` is at least
       floor(dropout_rate * 2^32), and divides what it keeps by 1 - dropout_rate. row_keys int64 (T,), default 0..T-1.
     - query_rows int64 (Q,): compute only these flat rows, in any order and number a jagged row. q_THK, query_times and
       row_keys (default: query_rows) then hold one entry a query, and the result is (Q, H, V). Forward only.
 
-    Gradients: q, k, v, position_weights, time_weights. bfloat16 and float16 are computed in float32. Raises ValueError for
-    shapes and types that do not fit and, on CPU, for rows longer than max_seq_len and offsets or query_rows out of range.
+    Gradients: q, k, v, position_weights, time_weights. bfloat16 and float16 are computed in float32. Raises ValueError
+    for shapes and types that do not fit and, on CPU, for rows longer than max_seq_len and offsets or query_rows out of
+    range.
     """
     _check_values(q_THK, k_THK, v_THV, query_rows)
     if offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] < 1:

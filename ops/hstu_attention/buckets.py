@@ -1,8 +1,8 @@
 """Time buckets of HSTU's relative attention bias, defined by integers.
 
-The published formula is `clamp(trunc(ln(max(|d|, 1)) / 0.301), 0, num_buckets)` in float32, whose value at a bucket's edge
-depends on the device's logarithm. Here bucket b starts at the integer ceil(exp(0.301 b)), so that every device agrees
-exactly; the two differ at such edges only.
+The published formula is `clamp(trunc(ln(max(|d|, 1)) / 0.301), 0, num_buckets)` in float32, whose value near a bucket's
+edge depends on the device's logarithm. Here bucket b starts at the integer ceil(exp(0.301 b)), so that every device
+agrees exactly. The two differ only within about 2e-6 of an edge, relatively: at six integers below 2^22.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 // HSTU attention on jagged rows for CPUs: forward and backward in one pass over tiles, float and double.
 //
-//   out = dropout(SiLU(alpha q k^T + bias) * scale, where valid) v          (ops/hstu_attention/__init__.py has the contract)
+//   out = dropout(SiLU(alpha q k^T + bias) * scale, where valid) v    (ops/hstu_attention/__init__.py has the contract)
 //
-// A task is one (jagged row, head): its keys and values are packed once into panels of kPanel columns, so that every product
-// below is the same register-blocked outer-product kernel. Queries go in tiles of kQueries, keys in tiles of kKeys; scores
-// exist for one tile at a time and backward computes them again. Every output row belongs to one task; gradients of the bias
-// tables are summed in double per fixed chunk of tasks, then in chunk order, so results do not depend on the thread count.
+// A task is one (jagged row, head): its keys and values are packed once into panels of kPanel columns, so that every
+// product below is the same register-blocked outer-product kernel. Queries go in tiles of kQueries, keys in tiles of
+// kKeys; scores exist for one tile at a time and backward computes them again. Every output row belongs to one task;
+// gradients of the bias tables are summed in double per fixed chunk of tasks, then in chunk order, so that results do
+// not depend on the thread count.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -262,8 +263,8 @@ class Worker {
           });
         }
         for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
-          gr::add_product<T, false>(rows, scores_ + i * kKeys + low, kKeys, values_ + (tile_key_ + low) * kPanel, length_,
-                                high - low, out_ + i * kPanel, kQueries, p_.value_dim);
+          gr::add_product<T, false>(rows, scores_ + i * kKeys + low, kKeys, values_ + (tile_key_ + low) * kPanel,
+                                    length_, high - low, out_ + i * kPanel, kQueries, p_.value_dim);
         });
       }
       for (int64_t i = 0; i < tile_rows_; ++i) {
@@ -299,13 +300,13 @@ class Worker {
         for (int64_t slot = 0; slot < length_ + tile_rows_ - 1; ++slot) target[slot] += diagonal_sums_[slot];
       }
       gr::unpack(grad_queries_, kQueries, tile_rows_, p_.key_dim, T(p_.alpha),
-             static_cast<T*>(p_.grad_q) + (start * p_.heads + head_) * p_.key_dim, p_.heads * p_.key_dim);
+                 static_cast<T*>(p_.grad_q) + (start * p_.heads + head_) * p_.key_dim, p_.heads * p_.key_dim);
     }
     const int64_t first_row = p_.offsets[row_] * p_.heads + head_;
-    gr::unpack(grad_keys_, length_, length_, p_.key_dim, T(p_.alpha), static_cast<T*>(p_.grad_k) + first_row * p_.key_dim,
-           p_.heads * p_.key_dim);
-    gr::unpack(grad_values_, length_, length_, p_.value_dim, T(1), static_cast<T*>(p_.grad_v) + first_row * p_.value_dim,
-           p_.heads * p_.value_dim);
+    gr::unpack(grad_keys_, length_, length_, p_.key_dim, T(p_.alpha),
+               static_cast<T*>(p_.grad_k) + first_row * p_.key_dim, p_.heads * p_.key_dim);
+    gr::unpack(grad_values_, length_, length_, p_.value_dim, T(1),
+               static_cast<T*>(p_.grad_v) + first_row * p_.value_dim, p_.heads * p_.value_dim);
   }
 
  private:
@@ -481,7 +482,7 @@ class Worker {
     }
     for_blocks([&](int64_t i, int64_t rows, int64_t low, int64_t high) {
       gr::add_product<T, false>(rows, grads_ + i * kKeys + low, kKeys, keys_ + (tile_key_ + low) * kPanel, length_,
-                            high - low, grad_queries_ + i * kPanel, kQueries, p_.key_dim);
+                                high - low, grad_queries_ + i * kPanel, kQueries, p_.key_dim);
     });
     for (int64_t key = 0; key < tile_keys_; key += kBlock) {
       const int64_t keys = std::min(kBlock, tile_keys_ - key);
@@ -493,9 +494,9 @@ class Worker {
       });
       if (low >= high) continue;
       gr::add_product<T, true>(keys, scores_ + low * kKeys + key, kKeys, grad_out_panels_ + low * kPanel, kQueries,
-                           high - low, grad_values_ + (tile_key_ + key) * kPanel, length_, p_.value_dim);
-      gr::add_product<T, true>(keys, grads_ + low * kKeys + key, kKeys, query_panels_ + low * kPanel, kQueries, high - low,
-                           grad_keys_ + (tile_key_ + key) * kPanel, length_, p_.key_dim);
+                               high - low, grad_values_ + (tile_key_ + key) * kPanel, length_, p_.value_dim);
+      gr::add_product<T, true>(keys, grads_ + low * kKeys + key, kKeys, query_panels_ + low * kPanel, kQueries,
+                               high - low, grad_keys_ + (tile_key_ + key) * kPanel, length_, p_.key_dim);
     }
   }
 
@@ -554,7 +555,7 @@ int thread_count(const Problem& p, int64_t tasks, const QueryPlan& plan) {
 
 template <class T>
 void forward(const Problem& p) {
-  // Long rows are cut, so that a single one still feeds every thread; packing its keys again is a small part of the work.
+  // Long rows are cut, so that a single one feeds every thread; packing its keys again is a small part of the work.
   constexpr int64_t kPiece = 8 * kQueries;
   const QueryPlan plan(p);
   const Buckets buckets(p.thresholds, p.num_buckets);

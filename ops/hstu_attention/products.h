@@ -1,7 +1,7 @@
 // Dense products on panels, the register-blocked building blocks of hstu_attention/cpu.cpp.
 //
-// A panelled matrix of c columns is stored as ceil(c / kPanel) panels, each [rows][kPanel] and contiguous, zero past the last
-// column. One kernel, an outer product over two vectors of columns, then serves every product.
+// A panelled matrix of c columns is stored as ceil(c / kPanel) panels, each [rows][kPanel] and contiguous, zero past
+// the last column. One kernel, an outer product over two vectors of columns, then serves every product.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 """HSTU attention in plain PyTorch: pads the rows, builds scores, bias and mask in full, and reads like the formula.
 
-Memory grows with B * H * N * N. Differentiable by autograd for q, k, v and both bias tables, in any float type; bfloat16
-and float16 are computed in float32 and rounded once at the end.
+Memory grows with B * H * N * N. Differentiable by autograd for q, k, v and both bias tables, in any float type;
+bfloat16 and float16 are computed in float32 and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def valid_mask(
 ) -> Tensor:
     """Which keys each query sees: bool (B, M, N).
 
-    query_positions_BM: int64 positions of the queries in their rows; lengths_B: int64 row lengths, with context and targets.
-    All `contextual_seq_len` leading positions share id 0 and all targets share the id after the history. A query sees itself
-    and keys of smaller id; `max_attn_len` bounds the distance in ids, except for queries whose id is among the last
-    `min_full_attn_seq_len` before the targets; context queries see the whole history, but no target.
+    query_positions_BM: int64 positions of the queries in their rows; lengths_B: int64 row lengths, with context and
+    targets. All `contextual_seq_len` leading positions share id 0 and all targets share the id after the history. A
+    query sees itself and keys of smaller id; `max_attn_len` bounds the distance in ids, except for queries whose id is
+    among the last `min_full_attn_seq_len` before the targets; context queries see the whole history, but no target.
     """
     shift = max(contextual_seq_len - 1, 0)
     max_id_B11 = (lengths_B - shift)[:, None, None]
@@ -78,7 +78,8 @@ def _bias(
         steps_BMN = (padded_length - 1) + key_positions_N - query_positions_BM[:, :, None]
         bias = torch.atleast_2d(position_weights)[:, steps_BMN].transpose(0, 1)
     if time_weights is not None:
-        assert query_times_BM is not None and key_times_BN is not None
+        assert query_times_BM is not None
+        assert key_times_BN is not None
         table = torch.atleast_2d(time_weights)
         buckets_BMN = time_bucket(query_times_BM[:, :, None] - key_times_BN[:, None, :], table.shape[1] - 1)
         bias = bias + table[:, buckets_BMN].transpose(0, 1)
@@ -118,8 +119,8 @@ def hstu_attention(
     k_BNHK, v_BNHV = _pad(k_THK.to(dtype), offsets, n), _pad(v_THV.to(dtype), offsets, n)
     key_times_BN = None if key_times is None else _pad(key_times, offsets, n)
 
-    # `chosen` names the jagged row behind each dense batch entry, `dense` brings a per-query tensor to (B, M, ...). In full
-    # attention an entry is a jagged row with M = N queries; with query_rows every query is an entry of its own, M = 1.
+    # `chosen` names the jagged row behind each dense batch entry, `dense` brings a per-query tensor to (B, M, ...). In
+    # full attention an entry is a jagged row with M = N queries; with query_rows every query is an entry, and M = 1.
     if query_rows is None:
         chosen = torch.arange(batch, device=device)
         query_positions_BM = torch.arange(n, device=device).expand(batch, n)

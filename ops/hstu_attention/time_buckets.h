@@ -12,8 +12,8 @@
 
 namespace gr {
 
-// Finds the bucket of a distance by table. Its leading bit and the three after it name a cell, narrower than any bucket,
-// so that a cell holds at most one threshold above its first value.
+// Finds the bucket of a distance by table. Its leading bit and the three after it name a cell, narrower than any
+// bucket, so that a cell holds at most one threshold above its first value.
 class Buckets {
  public:
   static constexpr int64_t kPadding = 8;

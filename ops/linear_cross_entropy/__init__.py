@@ -4,8 +4,9 @@ With o a query, C the catalogue, E the item table, n(v) = v / max(|v|, eps) if `
 
     loss = logsumexp_{x in C} <o, n(E[x])> / tau  -  <o, n(E[y])> / tau
 
-Only ids of the catalogue are candidates; the published code scores every row from 0, padding and unused ids included, and
-leaves `l2_norm` out. The blocked form follows cut cross-entropy (Wijmans et al. 2024) and Liger's fused linear loss.
+Only ids of the catalogue are candidates; the published code scores every row from 0, padding and unused ids included,
+and leaves `l2_norm` out. The blocked form follows cut cross-entropy (Wijmans et al. 2024) and Liger's fused linear
+loss.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Full softmax in blocks that fit the cache, as a custom op of PyTorch calls; any device.
 
-Catalogues of up to 2^15 items: a block holds whole rows of logits. One product gives them, and while they are in cache two
-more give the queries' gradient per unit of loss and the items' gradient for tokens of weight one. If the weights that
-arrive in backward are all equal, as under a mean, both only need scaling: three products in all. If not, the items' part is
-computed again. Larger catalogues: forward keeps the log-sum-exp alone, over tiles with a running maximum; backward computes
-each tile again, four products, with memory that depends on neither tokens nor items. The targets' own terms, minus one at
-each target, are added apart: they are large, and among the small ones would cost precision.
+Catalogues of up to 2^15 items: a block holds whole rows of logits. One product gives them, and while they are in cache
+two more give the queries' gradient per unit of loss and the items' gradient for tokens of weight one. If the weights
+that arrive in backward are all equal, as under a mean, both only need scaling: three products in all. If not, the
+items' part is computed again. Larger catalogues: forward keeps the log-sum-exp alone, over tiles with a running
+maximum; backward computes each tile again, four products, with memory that depends on neither tokens nor items. The
+targets' own terms, minus one at each target, are added apart: they are large, and among the small ones would cost
+precision.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _gradients_by_tiles(
 def _forward(
     queries_TD: torch.Tensor, items_XD: torch.Tensor, positions_T: torch.Tensor, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses and, for backward, the log-sum-exp and the two gradients of it at weight one (empty for large catalogues)."""
+    """Losses and, for backward, the log-sum-exp and its two gradients at weight one (empty for large catalogues)."""
     if len(items_XD) <= _WHOLE_ROWS:
         lse_T, means_TD, mass_XD = _forward_whole_rows(queries_TD, items_XD, needs_grad)
     else:

@@ -5,8 +5,8 @@
 
 The target's own score is read from the same product as the scores it is compared with, so rounding cannot let it pass
 itself, and ties go by position, so a model that scores everything alike gains nothing. Counting replaces the published
-protocol's "2,500 best plus history, then remove history": same ranks, any catalogue size. A target in the history is a miss
-there as here. Half precisions are scored in float32.
+protocol's "2,500 best plus history, then remove history": same ranks, any catalogue size. A target in the history is a
+miss there as here. Half precisions are scored in float32.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def topk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The k best unseen candidates of each row: scores (B, k) descending, ids int64 (B, k), valid_count int64 (B,).
 
-    Equal scores go by position in `candidate_ids_X`. Where fewer than k candidates are left the rest is score -inf, id 0.
-    Arguments and errors as in `rank_of_target`; k >= 1.
+    Equal scores go by position in `candidate_ids_X`. Where fewer than k candidates are left the rest is score -inf, id
+    0. Arguments and errors as in `rank_of_target`; k >= 1.
     """
     _check(queries_BD, table_XD, candidate_ids_X, seen_offsets)
     if k < 1:

@@ -35,7 +35,7 @@ def _block_rows(candidates: int) -> int:
 def _score_blocks(
     queries_BD: torch.Tensor, table_XD: torch.Tensor, candidate_ids_X: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields (rows, scores) with the scores of a block in a buffer that is reused, free for the consumer to overwrite."""
+    """Yields (rows, scores): a block's scores in a buffer that is reused, free for the consumer to overwrite."""
     dtype = torch.promote_types(queries_BD.dtype, torch.float32)
     rows_XD = select_rows(table_XD, candidate_ids_X).to(dtype)
     step = _block_rows(len(candidate_ids_X))

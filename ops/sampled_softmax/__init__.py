@@ -5,9 +5,9 @@ With o a query, E the item table, n(v) = v / max(|v|, eps) if `l2_norm` else v, 
     s+ = <o, n(E[y])> / tau - log q(y)        s-_r = <o, n(E[neg_r])> / tau - log q(neg_r)
     s-_r := -5e4 where neg_r == y             loss = logsumexp(s+, s-_1 .. s-_R) - s+
 
-The log q terms are absent without `item_log_q`; with the log of the sampling probabilities they make the sampled loss an
-estimate of the full softmax (Bengio & Senecal 2008; Yi et al., RecSys 2019). The mask comes after the temperature, as in
-the published HSTU code; unlike there, ids never pass through a float.
+The log q terms are absent without `item_log_q`; with the log of the sampling probabilities they make the sampled loss
+an estimate of the full softmax (Bengio & Senecal 2008; Yi et al., RecSys 2019). The mask comes after the temperature,
+as in the published HSTU code; unlike there, ids never pass through a float.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def sampled_softmax_loss(
 ) -> torch.Tensor:
     """Loss of each token, (T,), unreduced; float32, or float64 where an input is. Dense gradients to queries and table.
 
-    queries_TD and table_VD: any float dtype. positive_ids_T, negative_ids_TR: int64 in [0, V); R may be 0. item_log_q: (V,)
-    natural-log probabilities, a constant. The gradient of the table does not depend on the number of threads.
-    Raises ValueError for a temperature that is not positive or shapes that do not fit, IndexError for ids outside the table.
+    queries_TD and table_VD: any float dtype. positive_ids_T, negative_ids_TR: int64 in [0, V); R may be 0. item_log_q:
+    (V,) natural-log probabilities, a constant. The gradient of the table does not depend on the number of threads.
+    Raises ValueError for a temperature that is not positive or shapes that do not fit, IndexError for ids outside the
+    table.
     """
     _check(queries_TD, table_VD, positive_ids_T, negative_ids_TR, temperature, item_log_q)
     losses_T: torch.Tensor = _sampled_softmax(

@@ -1,8 +1,8 @@
 // Sampled softmax without the (tokens, negatives, width) tensor; formulas in ops/sampled_softmax/__init__.py.
 //
 // Forward walks a token's R rows once for the logits and, while they are still in the first cache, once more for the
-// query's gradient per unit of loss. Backward scatters into the table gradient: threads own disjoint cache lines of every
-// row and visit the pairs in one fixed order, so the sums do not depend on the number of threads.
+// query's gradient per unit of loss. Backward scatters into the table gradient: threads own disjoint cache lines of
+// every row and visit the pairs in one fixed order, so the sums do not depend on the number of threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -97,8 +97,7 @@ void add_weighted_rows(const T* weights, const int64_t* ids, int64_t count, cons
 // Softmax over `logits` (R) and `positive`; leaves the negatives' probabilities in `logits`.
 template <class T>
 T softmax_in_place(T* logits, int64_t count, T positive, T* positive_probability) {
-  T largest = positive;
-  for (int64_t r = 0; r < count; ++r) largest = logits[r] > largest ? logits[r] : largest;
+  const T largest = count ? std::max(positive, gr::maximum(logits, count)) : positive;
   T total = 0;
   for (int64_t r = 0; r < count; ++r) {
     logits[r] = gr::fast_exp(logits[r] - largest);
@@ -279,7 +278,9 @@ void backward_table(const Problem<T>& p, const T* grads, const T* probabilities,
 
 }  // namespace
 
-GR_EXPORT int64_t ids_outside(const int64_t* ids, int64_t count, int64_t rows) { return first_outside(ids, count, rows); }
+GR_EXPORT int64_t ids_outside(const int64_t* ids, int64_t count, int64_t rows) {
+  return first_outside(ids, count, rows);
+}
 
 #define GR_SAMPLED_SOFTMAX(T, SUFFIX)                                                                                 \
   GR_EXPORT void forward_##SUFFIX(const T* queries, const T* table, const int64_t* positive, const int64_t* negative, \

@@ -1,7 +1,7 @@
 """C++ sampled softmax (cpu.cpp) as a custom op with autograd; float32 and float64, lower precisions run in float32.
 
-Forward keeps for backward the probabilities (T, R) and each query's gradient per unit of loss (T, D), which costs little
-while the gathered rows are in cache; backward then only scatters into the table.
+Forward keeps for backward the probabilities (T, R) and each query's gradient per unit of loss (T, D), which costs
+little while the gathered rows are in cache; backward then only scatters into the table.
 """
 
 from __future__ import annotations
@@ -113,11 +113,10 @@ def _table_grad(
     l2_norm: bool,
     eps: float,
 ) -> torch.Tensor:
-    inputs = (queries_TD, table_VD, positive_ids_T, negative_ids_TR)
-    # Bound to a name so that a copy made here lives until the call returns.
-    queries_TD, table_VD, positive_ids_T, negative_ids_TR = inputs = tuple(x.contiguous() for x in inputs)
+    # Bound to names so that copies made here live until the call returns.
+    inputs = [x.contiguous() for x in (queries_TD, table_VD, positive_ids_T, negative_ids_TR)]
     grad_T = grad_T.contiguous()
-    out_VD = torch.empty_like(table_VD)
+    out_VD = torch.empty_like(inputs[1])
     _function("backward", queries_TD.dtype)(
         *map(native.pointer, inputs),
         *_problem(queries_TD, table_VD, negative_ids_TR, (temperature, eps, l2_norm)),

@@ -36,7 +36,13 @@ HSTU_CASES: dict[str, dict[str, Any]] = {
 }
 SASREC_CASES: dict[str, dict[str, Any]] = {
     "relu": {"num_blocks": 2, "num_heads": 1, "ffn_hidden_dim": 10, "ffn_dropout_rate": 0.0},
-    "gelu": {"num_blocks": 3, "num_heads": 3, "ffn_hidden_dim": 20, "ffn_activation_fn": "gelu", "ffn_dropout_rate": 0.0},
+    "gelu": {
+        "num_blocks": 3,
+        "num_heads": 3,
+        "ffn_hidden_dim": 20,
+        "ffn_activation_fn": "gelu",
+        "ffn_dropout_rate": 0.0,
+    },
 }
 
 

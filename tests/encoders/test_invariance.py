@@ -1,4 +1,4 @@
-"""A user's output depends on that user alone: not on the order, the size or the rest of the batch, nor on the future."""
+"""A user's output depends on that user alone: not on the order, size or rest of the batch, nor on the future."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from generative_recommenders.data.collate import Split
 from generative_recommenders.data.loader import Loader
 from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.encoders.hstu import HSTUConfig
 from generative_recommenders.evaluation.metrics import (
     MAX_RANK,
     METRIC_NAMES,
@@ -20,7 +21,6 @@ from generative_recommenders.evaluation.metrics import (
     published_ranks,
 )
 from generative_recommenders.evaluation.retrieval import evaluate
-from generative_recommenders.encoders.hstu import HSTUConfig
 from generative_recommenders.losses.objective import Objective
 from generative_recommenders.nn.embeddings import ItemEmbedding
 from generative_recommenders.nn.outputs import L2NormOutput
@@ -72,8 +72,10 @@ def model(num_items: int) -> RetrievalModel:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(2, 60), st.booleans(), st.integers(1, 7), st.integers(0, 100))
-def test_evaluation_equals_sorting_all_scores(num_items: int, filter_history: bool, batch_size: int, seed: int) -> None:
+@given(st.integers(2, 60), st.booleans(), st.integers(1, 7), st.integers(0, 100), st.none() | st.integers(1, 5))
+def test_evaluation_equals_sorting_all_scores(
+    num_items: int, filter_history: bool, batch_size: int, seed: int, max_rows: int | None
+) -> None:
     data = dataset([3, 9, 2, 14, 30, 5, 4], num_items, seed)
     network = model(num_items)
     split = Split(data, 20, 0)
@@ -82,6 +84,7 @@ def test_evaluation_equals_sorting_all_scores(num_items: int, filter_history: bo
         Loader(split, batch_size, shuffle=False).epoch(0),
         Runtime(0, 1, torch.device("cpu")),
         filter_history=filter_history,
+        max_rows=max_rows,
     )
     ranks, ratings = [], []
     for user in range(len(split)):

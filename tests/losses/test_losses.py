@@ -1,4 +1,4 @@
-"""Every objective with every sampler against its formula written out token by token, and what makes each of them learn."""
+"""Every objective with every sampler against its formula, token by token, and what makes each of them learn."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def expected_log_q(sampler: str, tokens: int) -> Tensor | None:
 
 
 @pytest.mark.parametrize("similarity", [DotProduct(), OpaqueDot()], ids=["fused", "general"])
-@pytest.mark.parametrize(
-    ("sampler", "norm", "logq"), list(itertools.product(SAMPLERS, [False, True], [False, True]))
-)
+@pytest.mark.parametrize(("sampler", "norm", "logq"), list(itertools.product(SAMPLERS, [False, True], [False, True])))
 def test_sampled_softmax(similarity: nn.Module, sampler: str, norm: bool, logq: bool) -> None:
     queries, positives, table, draws = inputs()
     objective = SampledSoftmaxLoss(SAMPLERS[sampler], NEGATIVES, 0.3, norm, 1e-6, logq)
@@ -79,7 +77,9 @@ def test_sampled_softmax(similarity: nn.Module, sampler: str, norm: bool, logq: 
         logits = scores(queries[t], table, ids, norm) / 0.3
         if log_q is not None:
             logits = logits - log_q[ids]
-        logits = torch.stack([logits[0], *(torch.tensor(-5e4) if i == ids[0] else x for i, x in zip(ids[1:], logits[1:]))])
+        logits = torch.stack(
+            [logits[0], *(torch.tensor(-5e4) if i == ids[0] else x for i, x in zip(ids[1:], logits[1:], strict=True))]
+        )
         losses.append(-logits.log_softmax(0)[0])
     torch.testing.assert_close(result.losses_T, torch.stack(losses), atol=2e-5, rtol=1e-4)
     assert bool((result.weights_T == 1).all())
@@ -98,7 +98,9 @@ def test_full_softmax(similarity: nn.Module, norm: bool) -> None:
     expected = torch.stack(losses)
     torch.testing.assert_close(result.losses_T, expected, atol=1e-5, rtol=1e-5)
     ours = torch.autograd.grad(result.losses_T.mean(), [queries, table], retain_graph=True)
-    for name, a, b in zip(("queries", "table"), ours, torch.autograd.grad(expected.mean(), [queries, table]), strict=True):
+    for name, a, b in zip(
+        ("queries", "table"), ours, torch.autograd.grad(expected.mean(), [queries, table]), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ def refuses_odd(*args: int) -> str | None:
 
 
 @pytest.fixture
-def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[Op]:
+def op(monkeypatch: pytest.MonkeyPatch) -> Op:
     """An op that answers with the name of the back-end; "triton" wants a GPU, "cpu" even numbers."""
     monkeypatch.setattr(dispatch, "_OPS", {})
     monkeypatch.delenv("GR_OPS", raising=False)
-    yield Op(
+    return Op(
         "example",
         lambda x: "reference",
         {

@@ -411,10 +411,12 @@ def test_nan_and_infinity_stay_visible() -> None:
     inputs[0][7, 0, 0] = math.nan
     out = hstu_attention(*inputs, **kwargs, backend="cpu")
     assert out[7].isnan().all()
-    assert out[:7].isfinite().all() and out[8:].isfinite().all()
+    assert out[:7].isfinite().all()
+    assert out[8:].isfinite().all()
     inputs[0][7, 0, 0], inputs[1][9] = 0.0, math.inf
     out = hstu_attention(*inputs, **kwargs, backend="cpu")
-    assert out[:9].isfinite().all() and not out[9].isfinite().all()
+    assert out[:9].isfinite().all()
+    assert not out[9].isfinite().all()
 
 
 @needs_compiler
@@ -453,8 +455,9 @@ def test_compiles_to_one_graph() -> None:
 def test_thresholds_are_exact_and_cached() -> None:
     thresholds = time_bucket_thresholds(BUCKETS)
     assert thresholds is time_bucket_thresholds(BUCKETS)
-    assert thresholds.dtype == torch.int64 and thresholds.shape == (BUCKETS,)
-    # exp(0.301 b) by float64, exact to one part in 2^50: its ceiling is certain where it is small and not near an integer.
+    assert thresholds.dtype == torch.int64
+    assert thresholds.shape == (BUCKETS,)
+    # float64 holds exp(0.301 b) to one part in 2^50, so that its ceiling is certain while it is small.
     for b in range(1, 80):
         assert int(thresholds[b - 1]) == math.ceil(math.exp(0.301 * b))
     assert (time_bucket_thresholds(400)[150:] == 2**63 - 1).all()
@@ -465,7 +468,7 @@ def test_buckets_equal_the_published_formula_but_at_thresholds() -> None:
     gaps = torch.cat([torch.arange(2**22), torch.randint(2**22, 2**31, (10**6,), generator=g)])
     logarithm = (torch.log(gaps.clamp(min=1).to(torch.float32)) / 0.301).to(torch.int64).clamp(0, BUCKETS)
     different = gaps[time_bucket(gaps, BUCKETS) != logarithm]
-    # The float32 logarithm of a gap up to 2^31 is off by at most 2e-6: it errs this close to a threshold, and nowhere else.
+    # The float32 logarithm of a gap up to 2^31 is off by about 2e-6: it errs that close to a threshold, not elsewhere.
     thresholds = time_bucket_thresholds(BUCKETS)
     nearest = (different[:, None] - thresholds).abs().amin(dim=1)
     assert (nearest <= (3e-6 * different).ceil()).all()
@@ -498,7 +501,8 @@ def test_bad_arguments_are_named(name: str, backend: str) -> None:
     arguments = {"offsets": inputs[3], "backend": backend, **kwargs, **changes}
     with pytest.raises(ValueError, match=word) as caught:
         hstu_attention(*inputs[:3], **arguments)
-    assert "\n" not in str(caught.value) and "got" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "got" in str(caught.value)
 
 
 def test_query_rows_refuse_gradients() -> None:

@@ -98,7 +98,8 @@ def test_gradcheck(catalogue: str) -> None:
     ids = torch.arange(1, 12) if catalogue == "range" else data["catalogue"]
     inputs = (data["queries"].requires_grad_(), data["table"].requires_grad_())
     torch.autograd.gradcheck(
-        lambda q, e: linear_cross_entropy(q, e, ids, data["targets"], temperature=0.7, l2_norm=True, backend="cpu"), inputs
+        lambda q, e: linear_cross_entropy(q, e, ids, data["targets"], temperature=0.7, l2_norm=True, backend="cpu"),
+        inputs,
     )
 
 
@@ -139,9 +140,7 @@ def test_half_precision_computes_in_float32(backend: str) -> None:
 def test_custom_ops_are_registered_soundly() -> None:
     data = problem((6, 4, 9))
     queries, items = data["queries"].requires_grad_(), data["table"].requires_grad_()
-    torch.library.opcheck(
-        torch.ops.gr.linear_cross_entropy_blocked.default, (queries, items, torch.arange(6), True)
-    )
+    torch.library.opcheck(torch.ops.gr.linear_cross_entropy_blocked.default, (queries, items, torch.arange(6), True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

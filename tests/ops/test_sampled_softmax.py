@@ -125,7 +125,14 @@ def test_gradcheck(backend: str, l2_norm: bool) -> None:
     log_q = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
     torch.autograd.gradcheck(
         lambda q, e: sampled_softmax_loss(
-            q, e, data["positive"], data["negative"], temperature=0.7, l2_norm=l2_norm, item_log_q=log_q, backend=backend
+            q,
+            e,
+            data["positive"],
+            data["negative"],
+            temperature=0.7,
+            l2_norm=l2_norm,
+            item_log_q=log_q,
+            backend=backend,
         ),
         inputs,
     )

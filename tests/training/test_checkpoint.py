@@ -37,7 +37,9 @@ def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def save(folder: Path, **progress: object) -> Path:
-    return CheckpointFolder(folder).save(*trained(), Progress(**progress), "train_fn.num_epochs = 3\n", {"dataset": "d:1"})  # type: ignore[arg-type]
+    return CheckpointFolder(folder).save(
+        *trained(), Progress(**progress), "train_fn.num_epochs = 3\n", {"dataset": "d:1"}
+    )  # type: ignore[arg-type]
 
 
 def test_round_trip_continues_identically(tmp_path: Path) -> None:
