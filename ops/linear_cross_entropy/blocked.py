@@ -1,4 +1,4 @@
-"""Full softmax in blocks that fit the cache, as a custom op of PyTorch calls; any device.
+"""Full softmax in blocks that fit the cache, as a custom op; PyTorch calls on any device, C++ for the step that pays.
 
 Catalogues of up to 2^15 items: a block holds whole rows of logits. One product gives them, and while they are in cache
 two more give the queries' gradient per unit of loss and the items' gradient for tokens of weight one. If the weights
@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from ops.linear_cross_entropy import cpu
 
 _WHOLE_ROWS = 1 << 15
 # 2^20 float32 logits, 4 MB.
@@ -94,7 +96,9 @@ def _forward(
     queries_TD: torch.Tensor, items_XD: torch.Tensor, positions_T: torch.Tensor, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses and, for backward, the log-sum-exp and its two gradients at weight one (empty for large catalogues)."""
-    if len(items_XD) <= _WHOLE_ROWS:
+    if len(items_XD) <= _WHOLE_ROWS and needs_grad and cpu.usable(queries_TD):
+        lse_T, means_TD, mass_XD = cpu.forward_whole_rows(queries_TD, items_XD)
+    elif len(items_XD) <= _WHOLE_ROWS:
         lse_T, means_TD, mass_XD = _forward_whole_rows(queries_TD, items_XD, needs_grad)
     else:
         lse_T = _forward_tiles(queries_TD, items_XD)

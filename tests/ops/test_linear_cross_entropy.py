@@ -7,21 +7,26 @@ from typing import Any
 import pytest
 import torch
 
-from ops.linear_cross_entropy import blocked, linear_cross_entropy
+from ops.linear_cross_entropy import blocked, cpu, linear_cross_entropy
 
 BACKENDS = ["reference", "cpu"]
 NAMES = ("losses", "queries.grad", "table.grad")
 
 # T, D, V
-SHAPES = [(0, 4, 5), (1, 1, 2), (17, 25, 11), (70, 50, 300), (129, 64, 90)]
+SHAPES = [(0, 4, 5), (1, 1, 2), (17, 25, 11), (70, 50, 300), (129, 64, 90), (30, 9, 70)]
 
 
-@pytest.fixture(params=["whole rows", "tiles"])
+@pytest.fixture(params=["C++", "whole rows", "tiles"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Blocks so small that the larger shapes span several of them, the last one short."""
     monkeypatch.setattr(blocked, "_BLOCK_LOGITS", 32)
     monkeypatch.setattr(blocked, "_TILE_TOKENS", 50)
     monkeypatch.setattr(blocked, "_TILE_ITEMS", 64)
+    if request.param == "C++":
+        if not cpu.usable(torch.empty(0)):
+            pytest.skip("no C++ compiler")
+    else:
+        monkeypatch.setattr(cpu, "usable", lambda queries_TD: False)
     if request.param == "tiles":
         monkeypatch.setattr(blocked, "_WHOLE_ROWS", 0)
     return str(request.param)
@@ -111,6 +116,28 @@ def test_logits_of_a_thousand_neither_overflow_nor_vanish() -> None:
     assert reference[0].max() > 1000
     for name, wanted, value in zip(NAMES, reference, got, strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=1e-3, atol=1e-2 * float(wanted.abs().max()), msg=name)
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    if not cpu.usable(torch.empty(0)):
+        pytest.skip("no C++ compiler")
+    data, before, results = problem((300, 50, 700), equal_weights=True), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(cpu.forward_whole_rows(data["queries"].float(), data["table"].float()))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, first, other in zip(("lse", "means", "mass"), results[0], result, strict=True):
+            assert torch.equal(first, other), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_query_reaches_only_its_loss(backend: str) -> None:
+    data = problem((6, 4, 30))
+    data["queries"][2, 3] = float("nan")
+    assert run(data, backend)[0].isnan().tolist() == [False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
