@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import preprocess_public_data
 from generative_recommenders import config
 from generative_recommenders.data import sources
-from tests.toy import write_toy_dataset
+from tests.toy import ID_STEP, write_toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("configs", "generative_recommenders", "ops", "benchmarks", "*.py", "requirements*.txt", "Makefile")
@@ -33,13 +33,18 @@ SMALL = (
     "train_fn.local_batch_size = 32",
 )
 SMALL_SOURCES = {"synthetic": ["--synthetic_users=60", "--synthetic_items=100"], "custom": []}
+CUSTOM_COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
 
 
 def commands(markdown: str) -> list[str]:
     """The commands of all marked blocks; comments and prompts are dropped, continued lines joined."""
     bodies = "\n".join(match["body"] for match in MARKED.finditer(markdown)).replace("\\\n", " ")
     lines = (line.strip().removeprefix("$ ") for line in bodies.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    return [part for line in lines if not line.startswith("#") for part in _without_comment(line).split(" && ") if part]
+
+
+def _without_comment(line: str) -> str:
+    return re.sub(r"\s+#\s.*", "", line)
 
 
 class Reader:
@@ -54,7 +59,7 @@ class Reader:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def type(self, line: str) -> None:
-        words = shlex.split(self._newest_run(line), comments=True)
+        words = shlex.split(self._newest_run(line))
         match words:
             case ["make", *arguments]:
                 self._run(["make", "--dry-run", *arguments])
@@ -74,38 +79,36 @@ class Reader:
                 raise AssertionError(f"README: {line!r} is no command that this test knows")
 
     def _newest_run(self, line: str) -> str:
-        """`exps/ml-1m-l200/<run>` stands for the newest run folder there."""
+        """`exps/ml-1m-l200/RUN` stands for the newest run folder there."""
 
         def newest(match: re.Match[str]) -> str:
-            group = self._small_group(match[1])
-            runs = sorted((self.folder / group).iterdir(), key=lambda path: path.stat().st_mtime)
-            return f"{group}/{runs[-1].name}"
+            runs = sorted((self.folder / match[1]).iterdir(), key=lambda path: path.stat().st_mtime)
+            return str(runs[-1].relative_to(self.folder))
 
-        replaced = re.sub(r"(exps/[\w-]+)/<run>", newest, line)
-        return re.sub(r"exps/[\w-]+?-l\d+(?=/?(\s|$))", lambda match: self._small_group(match[0]), replaced)
-
-    @staticmethod
-    def _small_group(group: str) -> str:
-        return re.sub(r"-l\d+$", "-l8", group)
+        small = re.sub(r"(exps/[\w-]+?)-l\d+(?=[/\s]|$)", r"\1-l8", line)
+        return re.sub(r"(exps/[\w-]+)/RUN\b", newest, small)
 
     def _main(self, interpreter: list[str], arguments: list[str]) -> None:
-        files = [a.partition("=")[2] for a in arguments if a.startswith("--gin_config_file=")]
+        files, bindings = _values(arguments, "gin_config_file"), _values(arguments, "gin_bindings")
         if files:
-            name = config.load([self.folder / file for file in files]).experiment().dataset_name
+            name = config.load([self.folder / file for file in files], bindings).experiment().dataset_name
             if not (self.folder / "tmp" / name).exists():
                 write_toy_dataset(self.folder / "tmp", name)
             arguments = [*arguments, *(f"--gin_bindings={binding}" for binding in SMALL)]
-        for flag in arguments:
-            if flag.startswith("--histories=") and not (self.folder / flag.partition("=")[2]).exists():
-                (self.folder / flag.partition("=")[2]).write_text('user_id,item_ids\n7,"sku-3,sku-6"\n')
+        for file in _values(arguments, "histories"):
+            (self.folder / file).write_text('user_id,item_ids\n7,"sku-3,item-3"\n')
         self._run([*interpreter, "main.py", *arguments])
 
     def _preprocess(self, arguments: list[str]) -> None:
-        name = preprocess_public_data.parser().parse_args(arguments).dataset
-        if name in SMALL_SOURCES:
-            self._run([sys.executable, "preprocess_public_data.py", *arguments, *SMALL_SOURCES[name]])
+        options = preprocess_public_data.parser().parse_args(arguments)
+        if options.dataset == "custom":
+            columns = (getattr(options, f"{name}_column", default) for name, default in CUSTOM_COLUMNS.items())
+            rows = (f"u{event % 20},sku-{ID_STEP * (event % 11 + 1)},{event}" for event in range(200))
+            (self.folder / options.raw).write_text("\n".join([",".join(columns), *rows, ""]))
+        if options.dataset in SMALL_SOURCES:
+            self._run([sys.executable, "preprocess_public_data.py", *arguments, *SMALL_SOURCES[options.dataset]])
         else:
-            assert name is None or sources.get(name)
+            assert options.dataset is None or sources.get(options.dataset)
 
     def _run(self, command: list[str]) -> None:
         done = subprocess.run(
@@ -118,6 +121,10 @@ class Reader:
             stdin=subprocess.DEVNULL,
         )
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+def _values(arguments: list[str], flag: str) -> list[str]:
+    return [a.removeprefix(f"--{flag}=") for a in arguments if a.startswith(f"--{flag}=")]
 
 
 @pytest.fixture
@@ -134,10 +141,11 @@ def test_marked_commands_of_the_readme_run(reader: Reader) -> None:
 
 
 def test_commands_are_those_of_marked_blocks() -> None:
-    text = (
-        "```bash\nno\n```\n<!-- test -->\n```bash\n# why\n$ a b\nc \\\n  d\n\n```\n<!-- test -->\n\n```bash\ne\n```\n"
+    unmarked = "```bash\nno\n```\n"
+    marked = "<!-- test -->\n```bash\n# why\n$ a b && a 'c#d'  # why\nc \\\n  d\n\n```\n"
+    assert (
+        commands(unmarked + marked + unmarked + marked.replace("-->\n", "-->\n\n")) == ["a b", "a 'c#d'", "c    d"] * 2
     )
-    assert commands(text) == ["a b", "c    d", "e"]
 
 
 @pytest.mark.parametrize(
@@ -158,11 +166,12 @@ def test_commands_that_cannot_work_fail(reader: Reader, line: str) -> None:
 
 def test_commands_that_work_pass(reader: Reader) -> None:
     for line in (
-        "make install TORCH_INDEX=https://example.org/cpu  # a comment",
+        "make install TORCH_INDEX=https://example.org/cpu",
         "pip install -r requirements.txt",
         "python preprocess_public_data.py --dataset=ml-1m --raw=../somewhere/ml-1m.zip",
         "python preprocess_public_data.py --dataset=synthetic",
         "python main.py --gin_config_file=configs/synthetic/hstu-demo.gin",
         "tensorboard --logdir exps/synthetic-l100/",
+        "python main.py --mode=recommend --checkpoint=exps/synthetic-l100/RUN --histories=users.csv --output=top.json",
     ):
         reader.type(line)
