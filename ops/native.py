@@ -103,6 +103,22 @@ def reason(source: Path) -> str | None:
     return None if library(source) is not None else _state[source][1]
 
 
+def keep_freed_memory() -> None:
+    """Ask the C library to keep freed memory for the next tensor instead of giving it back to the system.
+
+    A training step or an evaluation batch frees and takes the same few hundred megabytes again; by default each of them
+    is mapped, zeroed page by page and unmapped every time, a third of the time of an evaluation of MovieLens-1M. Does
+    nothing where the C library has no `mallopt`.
+    """
+    trim_threshold, mmap_threshold, limit = -1, -3, 1 << 30
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(trim_threshold, 2 * limit - 1)
+    mallopt(mmap_threshold, limit)
+
+
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """Address of a contiguous CPU tensor (null for None); the caller keeps the tensor alive during the call."""
     if tensor is None:

@@ -15,9 +15,15 @@ def select_rows(table_VD: torch.Tensor, ids_X: torch.Tensor) -> torch.Tensor:
 
 
 def find_sorted(sorted_ids_X: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position of each wanted id in the ascending list, and whether it is there; absent ones have position 0."""
-    if sorted_ids_X.numel() == 0:
+    """Position of each wanted id in the ascending list of unique ids, and whether it is there; 0 for absent ones."""
+    count = sorted_ids_X.numel()
+    if count == 0:
         return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
-    position = torch.searchsorted(sorted_ids_X, wanted).clamp_max(sorted_ids_X.numel() - 1)
-    found = sorted_ids_X[position] == wanted
+    first = int(sorted_ids_X[0])
+    if int(sorted_ids_X[-1]) - first == count - 1:
+        position = wanted - first
+        found = (position >= 0) & (position < count)
+    else:
+        position = torch.searchsorted(sorted_ids_X, wanted).clamp_max(count - 1)
+        found = sorted_ids_X[position] == wanted
     return torch.where(found, position, 0), found

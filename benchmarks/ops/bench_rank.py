@@ -31,7 +31,9 @@ def published_rank(
     order = (queries @ table[candidates].T).topk(min(2_500 + seen_BN.shape[1], len(candidates)), dim=1).indices
     ids = candidates[order]
     # By rows of 256, as an evaluation batch would: the comparison is rows x 2,711 x 211.
-    valid = torch.cat([~(a[:, :, None] == b[:, None, :]).any(2) for a, b in zip(ids.split(256), seen_BN.split(256))])
+    valid = torch.cat(
+        [~(a[:, :, None] == b[:, None, :]).any(2) for a, b in zip(ids.split(256), seen_BN.split(256), strict=True)]
+    )
     place = valid.cumsum(1)
     hit = (ids == targets[:, None]) & valid & (place <= kept)
     return torch.where(hit.any(1), (place * hit).sum(1), kept + 1)

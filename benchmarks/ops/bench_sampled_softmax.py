@@ -1,4 +1,4 @@
-"""Sampled softmax forward and backward at the ML-1M step's shape: the reference that gathers against the default back-end.
+"""Sampled softmax forward and backward at the shape of an ML-1M step: the gathering reference against the default.
 
     python benchmarks/ops/bench_sampled_softmax.py [--tokens 14000] [--negatives 128] [--width 50] [--rows 3953]
 

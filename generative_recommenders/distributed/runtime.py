@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from generative_recommenders.errors import UserError
+from ops.native import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def runtime(device: str | None = None) -> Iterator[Runtime]:
     Raises:
         UserError: a GPU was asked for and there is none.
     """
+    keep_freed_memory()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():

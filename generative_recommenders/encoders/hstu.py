@@ -135,7 +135,8 @@ class HSTULayer(nn.Module):
         weight = self.uvqk if parts == "uvqk" else torch.cat([columns[p] for p in parts], dim=1)
         projected = normed @ weight
         if self.config.linear_activation == "silu":
-            projected = F.silu(projected)
+            # Backward needs the product itself; without it the activation overwrites it.
+            projected = F.silu(projected, inplace=not torch.is_grad_enabled())
         return projected.split([widths[p] for p in parts], dim=1)
 
     def _attend(

@@ -36,6 +36,7 @@ using gr::Simd;
 
 constexpr int64_t kQueries = 48;  // queries of a tile, a multiple of kBlock
 constexpr int64_t kKeys = 96;     // keys of a tile, a multiple of kBlock and of every kPanel
+constexpr int64_t kDirect = 6;    // up to so many queries of a row are not worth packing its keys and values
 constexpr int64_t kChunks = 128;  // parts of the table gradients; a constant, as the order of summation depends on it
 constexpr int64_t kCopies = 4;    // histograms side by side, so that runs of one bucket do not wait for each other
 
@@ -248,6 +249,8 @@ class Worker {
 
   void forward(const Task& task) {
     begin(task);
+    if (task.count <= kDirect) return forward_direct(task);
+    pack_keys();
     const int64_t columns = panels<T>(p_.value_dim) * kPanel;
     gr::pack_columns(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, values_, length_);
     for (int64_t first = task.first; first < task.first + task.count; first += kQueries) {
@@ -268,14 +271,14 @@ class Worker {
         });
       }
       for (int64_t i = 0; i < tile_rows_; ++i) {
-        T* target = static_cast<T*>(p_.out) + (flat_[i] * p_.heads + head_) * p_.value_dim;
-        gr::unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), target, 0);
+        gr::unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), output_of(i), 0);
       }
     }
   }
 
   void backward(const Task& task, const TableSums& sums) {
     begin(task);
+    pack_keys();
     gr::pack_columns(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, keys_, length_);
     gr::pack_transposed(row_of(p_.v, p_.v_stride, p_.value_dim), p_.v_stride, length_, p_.value_dim, value_columns_);
     std::fill_n(grad_keys_, panels<T>(p_.key_dim) * kPanel * length_, T(0));
@@ -327,8 +330,43 @@ class Worker {
     scale_ = p_.scales != nullptr ? static_cast<const T*>(p_.scales)[row_] : T(p_.scale);
     positions_table_ = table_of(p_.position_weights, p_.position_heads, 2 * p_.max_seq_len - 1);
     times_table_ = table_of(p_.time_weights, p_.time_heads, p_.num_buckets + 1);
-    gr::pack_transposed(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, key_columns_);
     if (times_table_ != nullptr) begin_times(task);
+  }
+
+  void pack_keys() {
+    gr::pack_transposed(row_of(p_.k, p_.k_stride, p_.key_dim), p_.k_stride, length_, p_.key_dim, key_columns_);
+  }
+
+  T* output_of(int64_t i) const { return static_cast<T*>(p_.out) + (flat_[i] * p_.heads + head_) * p_.value_dim; }
+
+  // One dot product a score and one scaled row a key, straight from where keys and values lie.
+  void forward_direct(const Task& task) {
+    const T* keys = row_of(p_.k, p_.k_stride, p_.key_dim);
+    const T* values = row_of(p_.v, p_.v_stride, p_.value_dim);
+    load_queries(task, task.first);
+    for (int64_t i = 0; i < tile_rows_; ++i) std::fill_n(output_of(i), p_.value_dim, T(0));
+    for (int64_t key = 0; key < length_; key += kKeys) {
+      if (!enter_tile(key)) continue;
+      for (int64_t i = 0; i < tile_rows_; ++i) {
+        const T* __restrict query = queries_ + i * p_.key_dim;
+        T* __restrict out = output_of(i);
+        for_segments(i, nullptr, nullptr, [&](int64_t low, int64_t high) {
+          for (int64_t j = low; j < high; ++j) {
+            const T* __restrict row = keys + (key + j) * p_.k_stride;
+            T sum = T(0);
+            for (int64_t d = 0; d < p_.key_dim; ++d) sum += query[d] * row[d];
+            scores_[j] = sum;
+          }
+          prepare(i, low, high);
+          activate<T>(high - low, T(p_.alpha), bias_, factor_, scores_ + low);
+          for (int64_t j = low; j < high; ++j) {
+            const T* __restrict row = values + (key + j) * p_.v_stride;
+            const T weight = scores_[j];
+            for (int64_t d = 0; d < p_.value_dim; ++d) out[d] += weight * row[d];
+          }
+        });
+      }
+    }
   }
 
   // Times of the row as 32-bit distances from its earliest, where all of them fit.

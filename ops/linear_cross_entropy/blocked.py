@@ -20,7 +20,7 @@ from ops.linear_cross_entropy import cpu
 _WHOLE_ROWS = 1 << 15
 # 2^20 float32 logits, 4 MB.
 _BLOCK_LOGITS = 1 << 20
-_TILE_TOKENS, _TILE_ITEMS = 512, 2048
+_TILE_TOKENS, _TILE_ITEMS = 1024, 2048
 
 
 def refuses(*_: Any) -> str | None:
