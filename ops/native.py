@@ -1,9 +1,9 @@
 """Compiles the C++ CPU kernels on first use and loads them with ctypes.
 
-The sources include nothing of PyTorch: functions take raw pointers and sizes. A build therefore takes seconds, needs only
-a C++17 compiler with OpenMP, and cannot break on a PyTorch ABI. The shared library is cached under a name that holds a
-hash of sources, flags, compiler and processor, and is written aside and renamed, so concurrent processes do not meet.
-Without a compiler `library()` returns None, `reason()` says why, and every op runs its reference.
+The sources include nothing of PyTorch: functions take raw pointers and sizes. A build therefore takes seconds, needs
+only a C++17 compiler with OpenMP, and cannot break on a PyTorch ABI. The shared library is cached under a name that
+holds a hash of sources, flags, compiler and processor, and is written aside and renamed, so concurrent processes do
+not meet. Without a compiler `library()` returns None, `reason()` says why, and every op runs its reference.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _compiler() -> str | None:
 
 
 def _openmp_runtime() -> list[str]:
-    """PyTorch's own OpenMP library, so that both share one pool of threads instead of two that spin against each other."""
+    """PyTorch's own OpenMP library: both then share one pool of threads instead of two that spin against each other."""
     bundled = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     return [str(bundled)] if bundled.exists() else []
 
@@ -98,6 +98,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     return _state[source][0]
 
 
+@torch.compiler.assume_constant_result
 def reason(source: Path) -> str | None:
     """Why `library(source)` is None, or None where it is usable."""
     return None if library(source) is not None else _state[source][1]

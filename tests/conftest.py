@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Everything runs on a CPU; real data and golden vectors are used where they are at hand."""
+"""Fixtures shared by all tests. Everything runs on a CPU; real data is used where it is at hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Set to a folder with data/ and golden/ to run the tests on real data; by default it is looked for beside the repository.
+# Set to a folder with data/ and golden/ to run the tests on real data; by default it is looked for beside the
+# repository.
 SHARED = Path(os.environ.get("GR_SHARED", ROOT.parent / "shared"))
 
 

@@ -86,6 +86,14 @@ def _bias(
     return bias
 
 
+def _dropped(weights_BHMN: Tensor, tokens_BM: Tensor, rate: float) -> Tensor:
+    """Weights of keys whose bits (lane: head * N + key) fall below the rate are dropped, the others scaled up."""
+    heads, n = weights_BHMN.shape[1], weights_BHMN.shape[3]
+    lanes_HN = torch.arange(heads * n, device=weights_BHMN.device).view(heads, n)
+    kept_BHMN = lane_bits(tokens_BM[:, None, :, None], lanes_HN[None, :, None, :]) >= drop_threshold(rate)
+    return torch.where(kept_BHMN, weights_BHMN / (1.0 - rate), weights_BHMN.new_zeros(()))
+
+
 def hstu_attention(
     q_THK: Tensor,
     k_THK: Tensor,
@@ -144,10 +152,9 @@ def hstu_attention(
         None if key_times_BN is None else key_times_BN[chosen],
     )
     weights_BHMN = F.silu(scores_BHMN)
-    if isinstance(scale, Tensor):
-        weights_BHMN = weights_BHMN * scale.to(dtype)[chosen][:, None, None, None]
-    else:
-        weights_BHMN = weights_BHMN * (1.0 / n if scale is None else scale)
+    if scale is None:
+        scale = 1.0 / n
+    weights_BHMN = weights_BHMN * (scale.to(dtype)[chosen, None, None, None] if isinstance(scale, Tensor) else scale)
     valid_BMN = valid_mask(
         query_positions_BM,
         lengths_B[chosen],
@@ -160,11 +167,7 @@ def hstu_attention(
     # A select, not a product: a masked infinity must not turn into NaN.
     weights_BHMN = torch.where(valid_BMN[:, None], weights_BHMN, weights_BHMN.new_zeros(()))
     if dropout_rate > 0.0:
-        tokens_BM = dense(token_hash(dropout_seed, row_keys))
-        heads_H = torch.arange(q_THK.shape[1], device=device)
-        lanes_HN = heads_H[:, None] * n + torch.arange(n, device=device)
-        kept_BHMN = lane_bits(tokens_BM[:, None, :, None], lanes_HN[None, :, None, :]) >= drop_threshold(dropout_rate)
-        weights_BHMN = torch.where(kept_BHMN, weights_BHMN / (1.0 - dropout_rate), weights_BHMN.new_zeros(()))
+        weights_BHMN = _dropped(weights_BHMN, dense(token_hash(dropout_seed, row_keys)), dropout_rate)
     out_BMHV = torch.einsum("bhmn,bnhv->bmhv", weights_BHMN, v_BNHV[chosen])
     if query_rows is not None:
         return out_BMHV[:, 0].to(out_dtype)

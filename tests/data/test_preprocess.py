@@ -135,9 +135,14 @@ def test_a_failing_write_leaves_the_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with whole_folder(folder) as partial:
         (partial / "a").write_text("old")
-    with pytest.raises(RuntimeError, match="stop"), whole_folder(folder) as partial:
-        (partial / "a").write_text("new")
-        raise RuntimeError("stop")
+
+    def fail_half_way() -> None:
+        with whole_folder(folder) as partial:
+            (partial / "a").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_half_way()
     assert (folder / "a").read_text() == "old"
     with whole_folder(folder) as partial:
         (partial / "a").write_text("new")
