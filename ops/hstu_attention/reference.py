@@ -121,7 +121,6 @@ def hstu_attention(
     device, out_dtype = q_THK.device, v_THV.dtype
     dtype = torch.float64 if q_THK.dtype == torch.float64 else torch.float32
     lengths_B = offsets.diff()
-    batch = lengths_B.shape[0]
     if row_keys is None:
         row_keys = query_rows if query_rows is not None else torch.arange(q_THK.shape[0], device=device)
     k_BNHK, v_BNHV = _pad(k_THK.to(dtype), offsets, n), _pad(v_THV.to(dtype), offsets, n)
@@ -130,8 +129,8 @@ def hstu_attention(
     # `chosen` names the jagged row behind each dense batch entry, `dense` brings a per-query tensor to (B, M, ...). In
     # full attention an entry is a jagged row with M = N queries; with query_rows every query is an entry, and M = 1.
     if query_rows is None:
-        chosen = torch.arange(batch, device=device)
-        query_positions_BM = torch.arange(n, device=device).expand(batch, n)
+        chosen = torch.arange(len(lengths_B), device=device)
+        query_positions_BM = torch.arange(n, device=device).expand(len(lengths_B), n)
 
         def dense(values: Tensor) -> Tensor:
             return _pad(values, offsets, n)
