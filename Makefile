@@ -12,9 +12,6 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 INDEX = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 FBGEMM_VERSION := 1.8.0
 
-# Waiting OpenMP threads sleep early instead of spinning: on a busy machine an epoch is then five times faster.
-export GOMP_SPINCOUNT ?= 1000
-
 .PHONY: help install dev test lint format demo clean
 
 help:

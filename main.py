@@ -12,8 +12,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from generative_recommenders.config import ConfigError, load
 from generative_recommenders.distributed.runtime import Runtime, runtime
 from generative_recommenders.errors import run_cli
@@ -42,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _start_ranks(arguments: argparse.Namespace) -> None:
     """Become torchrun with one rank a GPU, where there are several and nobody has started ranks yet."""
+    import torch
+
     several = torch.cuda.device_count() > 1 and arguments.device is None and "RANK" not in os.environ
     if not several or arguments.mode == "recommend" or arguments.dry_run:
         return
