@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from generative_recommenders.data import sequence_csv
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source, item_text
@@ -42,7 +43,7 @@ _MILLISECONDS_FROM = 100_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSource(Source):
-    """Reads one `.csv`, `.tsv` (either also `.gz`) or `.parquet` file.
+    """Reads one `.csv`, `.tsv` (either also `.gz`) or `.parquet` file of events, or a `sasrec_format.csv` of sequences.
 
     Attributes:
         rating_column: None takes the column `rating` where there is one; without ratings all are 1.
@@ -76,6 +77,8 @@ class CustomSource(Source):
     def read(self, raw: RawFiles | None) -> RawEvents:
         assert raw is not None
         file = _TableFile(raw)
+        if sequence_csv.ITEMS in file.names:
+            return self._read_sequences(file)
         rating = self.rating_column or (_RATING if _RATING in file.names else None)
         kinds: dict[str, pa.DataType | None] = {
             self.user_column: _CODED_TEXT,
@@ -84,10 +87,20 @@ class CustomSource(Source):
         }
         if rating is not None:
             kinds[rating] = pa.float32()
-        events = file.read(kinds)
-        times, fractions = seconds(events[self.timestamp_column], file.where, self.timestamp_column)
-        users = _Ids(events[self.user_column], file.where, self.user_column)
-        items = _Ids(events[self.item_column], file.where, self.item_column)
+        return self._events(file.read(kinds), file.where, rating)
+
+    def _read_sequences(self, file: "_TableFile") -> RawEvents:
+        """The same from lists of events, a row a user."""
+        rows = file.read(dict.fromkeys(sequence_csv.COLUMNS, pa.string()))
+        names = [self.user_column, self.item_column, _RATING, self.timestamp_column]
+        return self._events(
+            sequence_csv.events_of_sequences(rows, file.where).rename_columns(names), file.where, _RATING
+        )
+
+    def _events(self, events: pa.Table, where: str, rating: str | None) -> RawEvents:
+        times, fractions = seconds(events[self.timestamp_column], where, self.timestamp_column)
+        users = _Ids(events[self.user_column], where, self.user_column)
+        items = _Ids(events[self.item_column], where, self.item_column)
         table = self._item_table()
         listed = encoded(table[self.item_column])[1].cast(pa.string()) if table is not None else None
         user_names = users.sorted_names(self.string_ids)
