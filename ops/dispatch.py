@@ -8,11 +8,14 @@ use, "triton": GPU kernels). The choice, in falling priority: the `backend=` arg
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +102,9 @@ def backend(name: str) -> Iterator[None]:
 
 def explain() -> str:
     """One line an op: its name, the back-end that runs on this machine, and why."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.ispkg:
+            importlib.import_module(f"ops.{module.name}")
     rows = [(name, *op.describe()) for name, op in sorted(_OPS.items())]
     width = max((len(name) for name, _, _ in rows), default=0)
     return "\n".join(f"{name:<{width}}  {chosen:<9}  {why}" for name, chosen, why in rows)
