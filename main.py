@@ -54,12 +54,16 @@ def _start_ranks(arguments: argparse.Namespace) -> None:
 def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
     from generative_recommenders.training.loop import Interrupted
     from generative_recommenders.training.retrieval import Places, RetrievalExperiment, test_line
+    from generative_recommenders.training.runs import find_checkpoint
 
-    if not arguments.gin_config_file and not arguments.gin_bindings:
+    files = list(arguments.gin_config_file)
+    if arguments.mode == "evaluate" and arguments.checkpoint is not None and not files:
+        files = [str(find_checkpoint(arguments.checkpoint).path / "config.gin")]
+    if not files and not arguments.gin_bindings:
         raise ConfigError(
             "--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
         )
-    config = load(arguments.gin_config_file, arguments.gin_bindings)
+    config = load(files, arguments.gin_bindings)
     experiment = RetrievalExperiment(config, Places(arguments.data_dir, arguments.exps_dir), here)
     if arguments.dry_run:
         logger.info("%s", experiment.dry_run())
@@ -84,11 +88,13 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
 
 def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
     from generative_recommenders.serving.histories import read_histories
-    from generative_recommenders.serving.recommender import Recommender, write_recommendations
+    from generative_recommenders.serving.recommender import Recommender, check_output, write_recommendations
     from generative_recommenders.training.runs import find_checkpoint
 
     if arguments.checkpoint is None or arguments.histories is None:
         raise ConfigError("--mode=recommend: needs --checkpoint=RUN_FOLDER and --histories=FILE (parquet, csv or json)")
+    if arguments.output is not None:
+        check_output(arguments.output)
     recommender = Recommender.from_checkpoint(find_checkpoint(arguments.checkpoint), here.device)
     table = recommender.recommend(read_histories(arguments.histories), arguments.top_k)
     if arguments.output is not None:

@@ -2,6 +2,7 @@
 
 import collections.abc
 import enum
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -92,7 +93,8 @@ def _conform_scalar(value: Any, annotation: Any) -> Any:
         return float(value)
     if annotation is int and type(value) is float and value.is_integer():
         return int(value)
-    if type(value) is not annotation:
+    # gin reads 1e999 as infinity, which it could not write back.
+    if type(value) is not annotation or (type(value) is float and not math.isfinite(value)):
         raise MismatchError(value, annotation)
     return value
 

@@ -6,6 +6,7 @@ An Arrow list column is offsets and values; both are kept as they are and every 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from generative_recommenders.data.errors import DataError
+
+_LISTS = ("item_ids", "ratings", "timestamps")
+_AGAIN = "try preparing the dataset again with --force"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class PreparedDataset:
         """Read `<data_dir>/<name>/`.
 
         Raises:
-            DataError: the folder is missing or incomplete, or an event refers to an item that is not in the catalogue.
+            DataError: the folder is missing or incomplete, a file lacks a column, or an event refers to an item that
+                is not in the catalogue.
         """
         folder = Path(data_dir) / name
         paths = [folder / f for f in ("sequences.parquet", "items.parquet", "dataset.json")]
@@ -80,13 +85,14 @@ class PreparedDataset:
                 f"try python preprocess_public_data.py --dataset={name} --data_dir={data_dir}"
             )
         try:
-            sequences = pq.read_table(paths[0], columns=["user_id", "item_ids", "ratings", "timestamps"])
             metadata = json.loads(paths[2].read_text())
-        except (pa.ArrowException, OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise DataError(
-                f"dataset {name!r}: cannot read {folder}: {first}; try preparing it again with --force"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{paths[2]}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
+        sequences = _read_columns(paths[0], ("user_id", *_LISTS))
+        for column in _LISTS:
+            kind = sequences.schema.field(column).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise DataError(f"{paths[0]}, column {column}: got type {kind}, expected lists; {_AGAIN}")
         offsets, item_ids = _list_column(sequences, "item_ids", torch.int64)
         _, ratings = _list_column(sequences, "ratings", torch.float32)
         _, timestamps = _list_column(sequences, "timestamps", torch.int64)
@@ -94,6 +100,18 @@ class PreparedDataset:
         _check(name, offsets, item_ids, ratings, timestamps, catalog)
         users = _tensor(sequences.column("user_id").to_numpy(), torch.int64)
         return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata)
+
+
+def _read_columns(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
+    try:
+        present = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in (*required, *optional) if name in present])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
+    missing = next((name for name in required if name not in present), None)
+    if missing is not None:
+        raise DataError(f"{path}: column {missing} is missing, got {', '.join(present[:20])}; {_AGAIN}")
+    return table
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -112,19 +130,13 @@ def read_catalog(path: Path) -> Catalog:
     """The catalogue of an `items.parquet`.
 
     Raises:
-        DataError: the file is missing, unreadable or not ascending in `item_id`.
+        DataError: the file is missing, unreadable, lacks `item_id` or `raw_id`, or is not ascending in `item_id`.
     """
-    try:
-        columns = set(pq.read_schema(path).names) & {"item_id", "raw_id", "title"}
-        items = pq.read_table(path, columns=sorted(columns))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: cannot be read: {str(error).splitlines()[0]}; try preparing the dataset again"
-        ) from error
-    titles = items.column("title").to_pylist() if "title" in columns else [None] * items.num_rows
+    items = _read_columns(path, ("item_id", "raw_id"), ("title",))
+    titles = items.column("title").to_pylist() if "title" in items.column_names else [None] * items.num_rows
     ids = _tensor(items.column("item_id").to_numpy(), torch.int64)
     if ids.numel() == 0 or int(ids[0]) < 1 or not bool((ids.diff() > 0).all()):
-        raise DataError(f"{path}: item_id must be ascending, unique and at least 1; try preparing the dataset again")
+        raise DataError(f"{path}: item_id must be ascending, unique and at least 1; {_AGAIN}")
     return Catalog(item_ids=ids, raw_ids=[str(x) for x in items.column("raw_id").to_pylist()], titles=titles)
 
 

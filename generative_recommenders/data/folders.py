@@ -2,11 +2,13 @@
 
 Content is written into `<folder>.partial-<pid>`, which then takes the folder's name by one rename. Where an older
 folder is in the way Linux exchanges the two names in one step, so that a process killed at any moment leaves one.
+What a killed process leaves beside it is cleared away by the next one that writes the same folder.
 """
 
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,13 +27,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder)
+        partial.mkdir()
         yield partial
         for file in partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        _replace(partial, folder)
+        replace_folder(partial, folder)
     except OSError as error:
         raise DataError(write_failure(partial, error)) from error
     finally:
@@ -47,22 +50,49 @@ def write_failure(path: Path, error: OSError) -> str:
     return f"{path}: cannot write ({reason}), {free:,.0f} MB free; {advice} or choose another --data_dir"
 
 
-def _replace(new: Path, target: Path) -> None:
+def replace_folder(new: Path, target: Path) -> None:
     """Put `new` in the place of `target`; what was there ends up at `new`."""
     if not target.exists():
         new.rename(target)
         return
     if sys.platform == "linux" and _exchange(new, target):
         return
-    # Two renames, the first undone if the second fails.
+    # Two renames, the first undone if the second fails or a signal arrives between them.
     old = new.with_name(f"{new.name}-old")
-    target.rename(old)
     try:
+        target.rename(old)
         new.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
     old.rename(new)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone have left of their attempts to write `folder`."""
+    for path in list(folder.parent.iterdir()):
+        found = re.fullmatch(rf"{re.escape(folder.name)}\.partial-([0-9]{{1,9}})(-old)?", path.name)
+        if found is None or _is_running(int(found[1])):
+            continue
+        if found[2] and not folder.exists():
+            # Killed between the two renames: this is the only complete folder.
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process has this number; what is left under one's own number is an earlier process's."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:

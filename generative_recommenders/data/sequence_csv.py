@@ -22,7 +22,8 @@ def events_of_sequences(rows: pa.Table, where: str) -> pa.Table:
     Returns:
         The same columns: users and items as text, ratings float32, timestamps int64.
     Raises:
-        DataError: the lists of a row differ in length, or a rating or time is no number, with the row.
+        DataError: the lists of a row differ in length, an item is empty, or a rating or time is no number, with the
+            row.
     """
     lists = {name: pc.split_pattern(rows[name].combine_chunks(), ",") for name in COLUMNS[1:]}
     lengths = {name: pc.list_value_length(values).to_numpy(zero_copy_only=False) for name, values in lists.items()}
@@ -36,6 +37,10 @@ def events_of_sequences(rows: pa.Table, where: str) -> pa.Table:
             )
     owner = np.repeat(np.arange(rows.num_rows), lengths[ITEMS])
     flat = {name: pc.utf8_trim_whitespace(values.flatten()) for name, values in lists.items()}
+    empty = pc.equal(flat[ITEMS], "").to_numpy(zero_copy_only=False)
+    if empty.any():
+        row = owner[int(np.argmax(empty))] + 1
+        raise DataError(f"{where}, row {row}, column {ITEMS}: got an empty id, expected ids separated by commas")
     return pa.table(
         {
             USER: rows[USER].combine_chunks().take(pa.array(owner)),

@@ -54,6 +54,8 @@ class SyntheticConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise DataError(f"synthetic seed: got {self.seed}, expected 0 or more")
         if self.num_users < 1:
             raise DataError(f"synthetic num_users: got {self.num_users}, expected 1 or more")
         # Nobody sees an item twice, and a user who has seen nearly everything leaves little to draw from.

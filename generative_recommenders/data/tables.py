@@ -16,6 +16,8 @@ from generative_recommenders.data.errors import DataError
 _INTEGER = r"^\s*[+-]?\d+\s*$"
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _BLOCK_BYTES = 8 << 20
+# Times in seconds lie strictly between -TIME_LIMIT and TIME_LIMIT: differences of any two fit int64.
+TIME_LIMIT = 1 << 62
 
 
 def read_delimited(

@@ -63,8 +63,9 @@ def runtime(device: str | None = None) -> Iterator[Runtime]:
     keep_freed_memory()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: got {device!r}, expected a visible GPU; try --device=cpu")
+    known = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *_gpus()]
+    if device is not None and device not in known:
+        raise UserError(f"--device: got {device!r}, expected one of {', '.join(known)} on this machine")
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
         if device is None and rank == 0:
@@ -79,6 +80,10 @@ def runtime(device: str | None = None) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gpus() -> list[str]:
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def world_size() -> int:

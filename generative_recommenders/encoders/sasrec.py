@@ -51,11 +51,8 @@ class SASRecConfig:
             raise ValueError(f"sasrec_encoder.ffn_dropout_rate: got {self.ffn_dropout_rate}, expected 0 <= rate < 1")
 
     def build(self, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool) -> SASRec:
-        if dim % self.num_heads:
-            raise ValueError(
-                f"sasrec_encoder.num_heads: got {self.num_heads}, "
-                f"expected a divisor of train_fn.item_embedding_dim = {dim}"
-            )
+        """`dim` must be a multiple of `num_heads`."""
+        assert dim % self.num_heads == 0
         return SASRec(self, dim, num_positions, input_dropout, activation_checkpoint)
 
     def describe(self) -> str:

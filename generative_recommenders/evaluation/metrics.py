@@ -1,4 +1,4 @@
-"""Ranking metrics of the published experiments (fact sheet section 1.10).
+"""Ranking metrics of the published experiments.
 
 For a target of rank r (1 is best): hr@K = [r <= K]; ndcg@K = [r <= K] / log2(r + 1), one relevant item being the
 ideal; mrr = 1 / r. The published evaluation looks at the best `MAX_RANK` candidates that were not seen: a target

@@ -1,4 +1,4 @@
-"""Binary cross-entropy of one positive and one sampled negative a token (Kang and McAuley; fact sheet section 5).
+"""Binary cross-entropy of one positive and one sampled negative a token (Kang and McAuley).
 
     loss_t = (BCE(s+, 1) + BCE(s-, 0)) / 2,   weight 0 where the negative equals the positive
 
@@ -17,14 +17,11 @@ from generative_recommenders.nn.outputs import l2_normalize
 
 
 class BCELoss(Objective):
-    def __init__(
-        self, sampler: NegativesSampler, item_l2_norm: bool, l2_norm_eps: float, logq_correction: bool
-    ) -> None:
+    def __init__(self, sampler: NegativesSampler, item_l2_norm: bool, l2_norm_eps: float) -> None:
         super().__init__()
         self.sampler = sampler
         self.item_l2_norm = item_l2_norm
         self.l2_norm_eps = l2_norm_eps
-        self.logq_correction = logq_correction
 
     def forward(
         self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module, draws: Draws
@@ -32,9 +29,6 @@ class BCELoss(Objective):
         negatives_T = self.sampler.sample(positives_T, 1, draws)[:, 0]
         positive, auxiliary = self._score(queries_TD, positives_T, table_VD, similarity)
         negative, _ = self._score(queries_TD, negatives_T, table_VD, similarity)
-        log_q = self.sampler.log_q(positives_T.numel(), table_VD.shape[0]) if self.logq_correction else None
-        if log_q is not None:
-            positive, negative = positive - log_q[positives_T], negative - log_q[negatives_T]
         losses_T = 0.5 * (F.softplus(-positive) + F.softplus(negative))
         return TokenLosses(losses_T, (negatives_T != positives_T).to(losses_T.dtype), auxiliary)
 

@@ -1,4 +1,4 @@
-"""Sampled softmax over the positive and R negatives (fact sheet section 5; arXiv 2306.04039).
+"""Sampled softmax over the positive and R negatives (arXiv 2306.04039).
 
     s = sim(o_t, n(E[.])) / temperature;   a negative equal to the positive gets -5e4;   loss_t = logsumexp(s+, s-) - s+
 

@@ -1,4 +1,4 @@
-"""From item ids to the encoder's input (Actions Speak Louder than Words, public code; fact sheet section 4).
+"""From item ids to the encoder's input (Actions Speak Louder than Words, public code).
 
 x = Dropout(e * sqrt(D) + P[position]); positions count from the oldest event in the window, P has
 max_sequence_length + gr_output_length + 1 rows. There is no padding here, hence no mask.

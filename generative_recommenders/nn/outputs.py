@@ -1,4 +1,4 @@
-"""What turns an encoder state into a query (fact sheet section 4)."""
+"""What turns an encoder state into a query."""
 
 from __future__ import annotations
 

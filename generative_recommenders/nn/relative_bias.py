@@ -1,6 +1,6 @@
 """Relative attention bias of HSTU: a learned value per relative position plus one per bucket of elapsed time.
 
-Fact sheet section 3.2; the attention op reads both vectors itself, so `dense` serves only the softmax variant and
+The attention op reads both vectors itself, so `dense` serves only the softmax variant and
 tests.
 """
 

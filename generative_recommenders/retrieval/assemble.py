@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from generative_recommenders.config import Config
+from generative_recommenders.config import Config, ConfigError
 from generative_recommenders.data.collate import Split, Thinning
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.loader import Loader
@@ -30,6 +30,10 @@ from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.similarity.dot import SIMILARITIES
 
 ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
+_MODEL_BINDINGS = (
+    "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
+    "interaction_module_type main_module_bf16 filter_history eval_split"
+).split()
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,23 @@ class Plan:
     @classmethod
     def of(cls, config: Config) -> Plan:
         experiment = config.experiment()
+        encoder = config.build(ENCODERS[experiment.main_module])
+        if isinstance(encoder, SASRecConfig) and experiment.item_embedding_dim % encoder.num_heads:
+            raise ConfigError(
+                f"sasrec_encoder.num_heads: got {encoder.num_heads}, expected a divisor of "
+                f"train_fn.item_embedding_dim = {experiment.item_embedding_dim}"
+            )
         return cls(
             experiment,
-            config.build(ENCODERS[experiment.main_module]),
+            encoder,
             config.build("get_sequential_encoder"),
             config.build("create_data_loader"),
         )
+
+    def model_bindings(self) -> dict[str, object]:
+        """The bindings that decide what a trained model computes, by their public names."""
+        own = {f"train_fn.{name}": getattr(self.experiment, name) for name in _MODEL_BINDINGS}
+        return own | {f"{ENCODERS[self.experiment.main_module]}.{k}": v for k, v in asdict(self.encoder).items()}
 
     def describe(self) -> str:
         """The public name of a run: model, similarity, sampling, loss, batch and optimizer."""
@@ -85,7 +100,7 @@ def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor
     else:
         sampler = InBatchNegativesSampler(catalog_X, counts_X)
     if config.loss_module == "BCELoss":
-        return BCELoss(sampler, config.item_l2_norm, config.l2_norm_eps, config.logq_correction)
+        return BCELoss(sampler, config.item_l2_norm, config.l2_norm_eps)
     return SampledSoftmaxLoss(
         sampler,
         config.num_negatives,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from generative_recommenders.config import configurable
+from generative_recommenders.similarity.dot import SIMILARITIES
 
 # Which retrieval modules can score which similarity; a wrong pair is refused with this table in the message.
 TOP_K_OF_SIMILARITY = {
@@ -40,8 +41,8 @@ class RetrievalConfig:
     main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
 
     Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
-    l2_norm_eps, logq_correction (ours), loss_activation_checkpoint (recompute the loss in backward), loss_weights
-    (auxiliary losses).
+    l2_norm_eps, logq_correction (ours, for in-batch and popularity samplers), loss_activation_checkpoint (recompute
+    the loss in backward), loss_weights (auxiliary losses).
 
     Optimization: num_epochs, learning_rate, num_warmup_steps, weight_decay, gradient_clip_norm (ours, 0 is off),
     local_batch_size (users a rank), enable_tf32, random_seed.
@@ -109,6 +110,7 @@ class RetrievalConfig:
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         for name in _ABOVE_ZERO:
             self._expect(name, getattr(self, name) > 0, "more than 0")
+        self._expect("random_seed", 0 <= self.random_seed < 2**63, "0 to 2^63 - 1")
         self._expect("dropout_rate", 0 <= self.dropout_rate < 1, "0 <= rate < 1")
         self._expect("positional_sampling_ratio", 0 < self.positional_sampling_ratio <= 1, "0 < ratio <= 1")
         alpha = self.stochastic_length_alpha
@@ -125,6 +127,20 @@ class RetrievalConfig:
             "top_k_method",
             self.top_k_method in fitting,
             f"one of {_names(fitting)} with train_fn.interaction_module_type = {self.interaction_module_type!r}",
+        )
+        self._expect(
+            "interaction_module_type",
+            self.interaction_module_type in SIMILARITIES,
+            f"one of {_names(SIMILARITIES)}: the others are not available yet",
+        )
+        self._expect(
+            "loss_weights", not self.loss_weights, "{}: the dot product has no auxiliary losses that could be weighted"
+        )
+        self._expect(
+            "logq_correction",
+            not self.logq_correction
+            or (self.loss_module == "SampledSoftmaxLoss" and self.sampling_strategy in ("in-batch", "popularity")),
+            "False: only SampledSoftmaxLoss with sampling_strategy 'in-batch' or 'popularity' has something to correct",
         )
         if self.loss_module == "BCELoss":
             self._expect("temperature", self.temperature == 1.0, "1.0 with train_fn.loss_module = 'BCELoss'")

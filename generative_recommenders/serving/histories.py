@@ -8,6 +8,7 @@ last event's where it is missing).
 from __future__ import annotations
 
 import json
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.tables import TIME_LIMIT
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,12 @@ def _list(value: Any, path: Path, row: int, column: str) -> list[str]:
 
 
 def _integer(value: Any, path: Path, row: int, column: str) -> int:
+    exact = isinstance(value, numbers.Integral) or (isinstance(value, str) and value.lstrip("-").isdigit())
+    where = f"{path}: row {row + 1}, {column}"
     try:
-        return int(float(value)) if not isinstance(value, str) or not value.lstrip("-").isdigit() else int(value)
+        seconds = int(value) if exact else int(float(value))
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: row {row + 1}, {column}: got {value!r}, expected seconds as an integer") from error
+        raise DataError(f"{where}: got {str(value)[:40]!r}, expected seconds as an integer") from error
+    if not -TIME_LIMIT < seconds < TIME_LIMIT:
+        raise DataError(f"{where}: got {str(value)[:40]!r}, expected seconds between -2^62 and 2^62")
+    return seconds

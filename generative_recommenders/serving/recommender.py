@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,21 @@ from generative_recommenders.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 _BATCH = 256
+_SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
 class Recommender:
-    """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids."""
+    """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids.
+
+    `filter_history` is the configuration's: whether what a user has already seen is left out.
+    """
 
     model: RetrievalModel
     catalog: Catalog
     max_sequence_length: int
     device: torch.device
+    filter_history: bool
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Recommender:
@@ -40,14 +46,16 @@ class Recommender:
         model = build_model(plan, catalog.item_ids).to(device)
         checkpoint.load_model(model, device)
         model.eval()
-        return cls(model, catalog, plan.experiment.max_sequence_length, torch.device(device))
+        window, filter_history = plan.experiment.max_sequence_length, plan.experiment.filter_history
+        return cls(model, catalog, window, torch.device(device), filter_history)
 
     @torch.inference_mode()
-    def recommend(self, histories: Histories, k: int, *, filter_history: bool = True) -> pd.DataFrame:
+    def recommend(self, histories: Histories, k: int, *, filter_history: bool | None = None) -> pd.DataFrame:
         """The k best items a user, best first: columns user_id, rank, item_id (raw), score, title.
 
-        History items the model does not know are dropped and counted in the log; a user without any known item gets no
-        rows, since there is nothing to condition on.
+        The model sees the last `max_sequence_length` events; `filter_history` leaves out all items of the whole
+        history (None: as the checkpoint's configuration says). History items the model does not know are dropped and
+        counted in the log; a user without any known item gets no rows, since there is nothing to condition on.
 
         Raises:
             DataError: no user has a known item, or k < 1.
@@ -70,13 +78,13 @@ class Recommender:
                 dropped,
                 len(known) - len(users),
             )
+        filtered = self.filter_history if filter_history is None else filter_history
         parts = []
         for first in range(0, len(users), _BATCH):
             chosen = users[first : first + _BATCH]
             rows = [self._row(known[u], histories.timestamps[u], histories.request_timestamps[u]) for u in chosen]
-            parts.append(
-                self._frame([histories.user_ids[u] for u in chosen], _batch(rows).to(self.device), k, filter_history)
-            )
+            seen = [torch.tensor([item for _, item in known[u]]) for u in chosen] if filtered else None
+            parts.append(self._frame([histories.user_ids[u] for u in chosen], _batch(rows), seen, k))
         return pd.concat(parts, ignore_index=True)
 
     def _row(
@@ -88,10 +96,11 @@ class Recommender:
         stamps = torch.tensor([times[n] for n, _ in window] if times is not None else [0] * len(window))
         return ids, stamps, int(stamps[-1]) if request is None else request
 
-    def _frame(self, user_ids: list[str], batch: SequenceBatch, k: int, filter_history: bool) -> pd.DataFrame:
-        seen = (batch.offsets, batch.item_ids_T) if filter_history else (None, None)
+    def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         top_k = self.model.top_k()
-        scores_BK, ids_BK = top_k(self.model.last_queries(batch), min(k, len(top_k)), *seen)
+        queries_BD = self.model.last_queries(batch.to(self.device))
+        filters = () if seen is None else (_offsets(seen).to(self.device), torch.cat(seen).to(self.device))
+        scores_BK, ids_BK = top_k(queries_BD, min(k, len(top_k)), *filters)
         found = (ids_BK != 0).cpu()
         places = torch.searchsorted(self.catalog.item_ids, ids_BK.cpu()[found]).tolist()
         rows, ranks = found.nonzero(as_tuple=True)
@@ -106,11 +115,15 @@ class Recommender:
         )
 
 
+def _offsets(rows: list[Tensor]) -> Tensor:
+    return torch.tensor([0, *(row.numel() for row in rows)]).cumsum(0)
+
+
 def _batch(rows: list[tuple[Tensor, Tensor, int]]) -> SequenceBatch:
     """A batch without targets: what follows a row's last event is unknown, only its time is given."""
     ids = torch.cat([r[0] for r in rows])
     times = torch.cat([r[1] for r in rows])
-    offsets = torch.tensor([0, *(r[0].numel() for r in rows)]).cumsum(0)
+    offsets = _offsets([r[0] for r in rows])
     next_times = torch.cat([torch.cat([r[1][1:], torch.tensor([r[2]])]) for r in rows])
     next_ids = torch.cat([torch.cat([r[0][1:], torch.zeros(1, dtype=torch.int64)]) for r in rows])
     nobody = torch.zeros(len(rows), dtype=torch.int64)
@@ -129,24 +142,38 @@ def _batch(rows: list[tuple[Tensor, Tensor, int]]) -> SequenceBatch:
     )
 
 
+def check_output(path: Path) -> None:
+    """Refuse a file that `write_recommendations` could not write, before there is anything to write.
+
+    Raises:
+        DataError: an unknown suffix, no such folder, or a folder in the file's place.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"--output: got {path}, expected a name that ends in .parquet, .csv, .json or .jsonl")
+    if not path.parent.is_dir():
+        raise DataError(f"--output: cannot write {path}: {path.parent} is no folder; try a folder that exists")
+    if path.is_dir():
+        raise DataError(f"--output: cannot write {path}: it is a folder; try another name")
+
+
 def write_recommendations(table: pd.DataFrame, path: Path) -> None:
     """Write parquet, csv or json (one object a line) by the file's suffix, aside and renamed.
 
     Raises:
         DataError: another suffix, or the file cannot be written; then nothing is left of it.
     """
+    check_output(path)
     aside = path.with_name(f".{path.name}")
     try:
         if path.suffix == ".parquet":
             table.to_parquet(aside, index=False)
         elif path.suffix == ".csv":
             table.to_csv(aside, index=False)
-        elif path.suffix in (".json", ".jsonl"):
-            table.to_json(aside, orient="records", lines=True)
         else:
-            raise DataError(f"--output: got {path}, expected a name that ends in .parquet, .csv, .json or .jsonl")
+            table.to_json(aside, orient="records", lines=True)
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         reason = str(error).splitlines()[0]
         raise DataError(f"--output: cannot write {path}: {reason}; try a folder that exists and has room") from error

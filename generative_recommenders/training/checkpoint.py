@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from generative_recommenders.data.folders import replace_folder
 from generative_recommenders.errors import UserError
 
 FORMAT_VERSION = 1
@@ -155,10 +156,8 @@ class CheckpointFolder:
             state = {"format": FORMAT_VERSION, "progress": asdict(progress), **facts}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
             _sync(aside)
-            if target.exists():
-                # Only a run that was resumed before this step and came back to it meets its own older copy.
-                os.rename(target, self.folder / f".replaced-{target.name}.{os.getpid()}")
-            os.rename(aside, target)
+            # A step can be saved twice: within its epoch and, with the evaluation's outcome, at the end of it.
+            replace_folder(aside, target)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise disk_error(error, target) from error

@@ -106,7 +106,7 @@ class Trainer:
             self.stop = stop
             while self.progress.epoch < self.settings.num_epochs and not self._patience_exhausted():
                 self._epoch()
-        return self._finish(), self.progress
+            return self._finish(), self.progress
 
     def _epoch(self) -> None:
         progress, epoch = self.progress, self.progress.epoch
@@ -122,9 +122,10 @@ class Trainer:
             tokens += scalars["tokens"]
             self._stop_if_asked()
             every = self.settings.checkpoint_every_n_steps
-            if every and progress.step % every == 0:
+            if every and progress.step % every == 0 and progress.batch < len(self.task.batches):
                 self._save()
         self._require_finite(loss_sum)
+        self._require_finite_parameters()
         seconds = time.perf_counter() - began
         steps = progress.batch - first
         train = {
@@ -146,6 +147,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         probed = progress.step % settings.eval_interval == 0 and batch.size > 0
+        if probed:
+            self._require_finite_parameters()
         probe = self.task.probe(batch) if probed and self.reporter.active else None
         loss, scalars = self.parallel(batch, fold(settings.random_seed, progress.step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,6 +184,11 @@ class Trainer:
             f"{last}; try a lower train_fn.learning_rate or train_fn.gradient_clip_norm = 1.0"
         )
 
+    def _require_finite_parameters(self) -> None:
+        """An update can overflow after a loss that was still finite; such weights are neither evaluated nor saved."""
+        with torch.no_grad():
+            self._require_finite(torch.stack([p.sum(dtype=torch.float64) for p in self.task.model.parameters()]).sum())
+
     def _evaluate_epoch(self, epoch: int, train: dict[str, float] | None) -> None:
         settings, progress = self.settings, self.progress
         complete = epoch % settings.full_eval_every_n == 0 or epoch == settings.num_epochs - 1
@@ -190,7 +198,7 @@ class Trainer:
         if complete and settings.keep_best:
             value = evaluation.metrics[settings.early_stopping_metric]
             # NaN (nobody to average over) is never an improvement.
-            if progress.best_value is None or value > progress.best_value:
+            if value > (-math.inf if progress.best_value is None else progress.best_value):
                 progress.best_value, progress.best_step, progress.best_epoch = value, progress.step, epoch
                 progress.stale_evaluations = 0
             else:
@@ -231,10 +239,19 @@ class Trainer:
             )
         if self.evaluation is None or settings.followed_split != settings.reported_split:
             self.evaluation = self.task.final()
+            self.reporter.scalars(self.evaluation.metrics, progress.epoch, f"eval_{settings.reported_split}/")
+            record = {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "split": settings.reported_split,
+                "complete": True,
+            }
+            self.reporter.line(record | {"users": self.evaluation.num_users, "metrics": self.evaluation.metrics})
         progress.seconds = time.perf_counter() - self.started
         return self.evaluation
 
     def _save(self) -> None:
+        self._require_finite_parameters()
         self.progress.seconds = time.perf_counter() - self.started
         if self.runtime.is_main:
             self.folder.save(self.task.model, self.optimizer, self.progress, self.config, self.facts, self.extra_files)

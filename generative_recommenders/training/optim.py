@@ -1,4 +1,4 @@
-"""AdamW with the published settings and a linear warm-up (fact sheet section 7.2)."""
+"""AdamW with the published settings and a linear warm-up."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ METRICS_FINAL = "metrics.json"
 class Reporter:
     """Writes for rank 0; on every other rank, and with `folder=None`, all methods do nothing."""
 
-    def __init__(self, folder: Path | None, first_step: int = 0) -> None:
+    def __init__(self, folder: Path | None, first_step: int = 0, first_epoch: int = 0) -> None:
         self.folder = folder
         self.writer: SummaryWriter | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            _forget_after(folder / METRICS_LINES, first_step)
+            _forget_from(folder / METRICS_LINES, first_epoch)
             self.writer = SummaryWriter(str(folder), purge_step=first_step if first_step else None, flush_secs=30)
 
     @property
@@ -90,14 +90,14 @@ class Reporter:
             self.writer.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop the evaluations of steps that a resumed run is about to repeat, and a last line cut short by a kill."""
+def _forget_from(path: Path, epoch: int) -> None:
+    """Drop the evaluations of epochs that a resumed run is about to repeat, and a last line cut short by a kill."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["epoch"] < epoch:
                 kept.append(line)
         except (ValueError, KeyError):
             continue

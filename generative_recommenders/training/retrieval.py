@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from generative_recommenders.batch import SequenceBatch
-from generative_recommenders.config import Config, ConfigError
+from generative_recommenders.config import Config, ConfigError, load
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
@@ -28,7 +28,7 @@ from generative_recommenders.retrieval.assemble import (
     training_loader,
 )
 from generative_recommenders.retrieval.model import RetrievalModel
-from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
+from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError, Progress, disk_error
 from generative_recommenders.training.loop import Trainer
 from generative_recommenders.training.reporting import Reporter, environment
 from generative_recommenders.training.runs import Run, choose_run, find_checkpoint, newest_run
@@ -96,16 +96,25 @@ class RetrievalExperiment:
     def train(self) -> tuple[Evaluation, Path]:
         """Train to the end; returns the reported evaluation and the run's folder."""
         self._require_users()
-        e = self.plan.experiment
         model = self.model()
         run = self._choose_run()
-        if run.checkpoint is not None:
-            self.require_same_dataset(run.checkpoint)
+        try:
+            if run.checkpoint is not None:
+                # Everything that can speak against continuing is looked at before the folder is touched.
+                self.require_fit(run.checkpoint)
+                run.checkpoint.load_model(model, self.runtime.device)
+            return self._train(run, model), run.folder
+        except OSError as error:
+            raise disk_error(error, run.folder) from error
+        finally:
+            run.release()
+
+    def _train(self, run: Run, model: RetrievalModel) -> Evaluation:
+        e = self.plan.experiment
+        progress = run.checkpoint.progress if run.checkpoint else Progress()
         if self.runtime.is_main:
             run.claim(self.identity)
-        reporter = Reporter(
-            run.folder if self.runtime.is_main else None, run.checkpoint.progress.step if run.checkpoint else 0
-        )
+        reporter = Reporter(run.folder if self.runtime.is_main else None, progress.step, progress.epoch)
         reporter.config(self.config.operative())
         self._announce(reporter, run, model)
         trainer = Trainer(
@@ -130,14 +139,21 @@ class RetrievalExperiment:
             reporter.final(record, asdict(e) | asdict(self.plan.encoder))
         finally:
             reporter.close()
-        return evaluation, run.folder
+        return evaluation
 
     def _choose_run(self) -> Run:
-        """Rank 0 looks at the folders and the clock; the others follow it."""
-        chosen = choose_run(self.group, self.plan.describe(), self.identity, self.plan.experiment.resume)
-        folder = Path(self.runtime.from_main(str(chosen.folder)))
-        checkpoint = self.runtime.from_main(str(chosen.checkpoint.path) if chosen.checkpoint else "")
-        return Run(folder, Checkpoint.open(Path(checkpoint)) if checkpoint else None)
+        """Rank 0 looks at the folders and the clock and takes the lock; the others follow it."""
+        own, folder, checkpoint, refusal = None, "", "", ""
+        if self.runtime.is_main:
+            try:
+                own = choose_run(self.group, self.plan.describe(), self.identity, self.plan.experiment.resume)
+                folder, checkpoint = str(own.folder), str(own.checkpoint.path) if own.checkpoint else ""
+            except CheckpointError as error:
+                refusal = str(error)
+        folder, checkpoint, refusal = (self.runtime.from_main(text) for text in (folder, checkpoint, refusal))
+        if refusal:
+            raise CheckpointError(refusal)
+        return own or Run(Path(folder), Checkpoint.open(Path(checkpoint)) if checkpoint else None)
 
     def evaluate_checkpoint(self, path: Path | None, split: str) -> Evaluation:
         """Metrics of a checkpoint, of this config's newest run where no path is given."""
@@ -149,7 +165,12 @@ class RetrievalExperiment:
                     "try --mode=train first, or name one"
                 )
         checkpoint = find_checkpoint(path)
-        self.require_same_dataset(checkpoint)
+        self.require_fit(checkpoint)
+        if split == "valid" and self.plan.experiment.eval_split != "valid":
+            raise ConfigError(
+                "--split=valid: this model was trained on the validation events (train_fn.eval_split = 'test'), "
+                "expected a model trained with train_fn.eval_split = 'valid'; try --split=test"
+            )
         model = self.model()
         checkpoint.load_model(model, self.runtime.device)
         logger.info("checkpoint %s (epoch %d)", checkpoint.path, checkpoint.progress.epoch)
@@ -177,13 +198,21 @@ class RetrievalExperiment:
             )
         )
 
-    def require_same_dataset(self, checkpoint: Checkpoint) -> None:
+    def require_fit(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError where the checkpoint is of other data or of another model than this config's."""
         trained_on = checkpoint.facts.get("dataset")
         if trained_on != self.dataset.fingerprint:
             raise CheckpointError(
                 f"checkpoint {checkpoint.path}: was trained on dataset {trained_on}, got {self.dataset.fingerprint}; "
                 "try the dataset it was trained on, or train_fn.resume = 'never'"
             )
+        trained = Plan.of(load([str(checkpoint.path / "config.gin")])).model_bindings()
+        for name, value in self.plan.model_bindings().items():
+            if trained[name] != value:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: was trained with {name} = {trained[name]!r}, got {value!r}; "
+                    "try the config it was trained with"
+                )
 
     def _require_users(self) -> None:
         for name in ("train", "valid", "test") if self.plan.experiment.eval_split == "valid" else ("train", "test"):
@@ -192,6 +221,11 @@ class RetrievalExperiment:
                 raise DataError(
                     f"dataset {self.dataset.name!r}: no user has a history and a target in the {name} split, "
                     f"expected users with at least {split.ignore_last_n + 2} events"
+                )
+            if name == "train" and len(training_loader(self.plan, split, 0, self.runtime.world_size)) == 0:
+                raise DataError(
+                    f"dataset {self.dataset.name!r}: {len(split)} users give no whole batch of "
+                    f"{self.plan.experiment.local_batch_size} a rank; try create_data_loader.drop_last = False"
                 )
             if split.num_skipped and self.runtime.is_main:
                 logger.info(

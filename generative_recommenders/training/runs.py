@@ -2,72 +2,126 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from generative_recommenders.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    disk_error,
+    write_atomically,
+)
 from generative_recommenders.training.reporting import METRICS_FINAL
 
 _IDENTITY = "run.json"
+_LOCK = ".lock"
+# What `metrics.json` of a finished run is called once the run is extended.
+_FINISHED_BEFORE = "metrics-before-resume.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder and, where it continues one, the checkpoint it starts from."""
+    """A run's folder and, where it continues one, the checkpoint it starts from.
+
+    `lock` is an open file that keeps other processes out of the folder for as long as this one lives.
+    """
 
     folder: Path
     checkpoint: Checkpoint | None
+    lock: int | None = None
 
     @property
     def checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(self.folder / "checkpoints")
 
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+
     def claim(self, identity: str) -> None:
-        """Create the folder and note whose run it is, so that `resume = "auto"` recognizes it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / _IDENTITY).write_text(json.dumps({"identity": identity}) + "\n")
+        """Note whose run it is, so that `resume = "auto"` recognizes it, and that it is not finished (any more)."""
+        if _identity_of(self.folder) != identity:
+            write_atomically(self.folder / _IDENTITY, json.dumps({"identity": identity}) + "\n")
+        if (self.folder / METRICS_FINAL).exists():
+            os.replace(self.folder / METRICS_FINAL, self.folder / _FINISHED_BEFORE)
 
 
 def choose_run(group: Path, description: str, identity: str, resume: str) -> Run:
     """The run to continue or a new one, by `train_fn.resume`.
 
     `identity` is equal for two launches of the same config on the same data; "auto" continues the newest unfinished run
-    of that identity which has a checkpoint.
+    of that identity which has a checkpoint and is not being written by another process. The run returned is locked.
 
     Raises:
-        CheckpointError: `resume` names a folder without a checkpoint.
+        CheckpointError: `resume` names a folder without a checkpoint or one in use, or no folder can be created.
     """
     if resume not in ("auto", "never"):
         path = Path(resume)
         folder = path.parent.parent if path.parent.name == "checkpoints" else path
-        return Run(folder, find_checkpoint(path, prefer_best=False))
+        checkpoint = find_checkpoint(path, prefer_best=False)
+        lock = _lock(folder)
+        if lock is None:
+            raise CheckpointError(f"train_fn.resume: run {folder} is being written by another process; wait or stop it")
+        return Run(folder, checkpoint, lock)
     if resume == "auto":
+        # The folder name ends with its date and time, and names of one identity share the rest.
         for folder in sorted(_unfinished(group, identity), reverse=True):
-            checkpoint = CheckpointFolder(folder / "checkpoints").latest()
-            if checkpoint is not None:
-                return Run(folder, checkpoint)
-    stamp = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    folder = group / f"{description}-{stamp}"
+            latest = CheckpointFolder(folder / "checkpoints").latest()
+            lock = _lock(folder) if latest is not None else None
+            if lock is not None:
+                # Read again: until the lock was ours, another process may have gone on.
+                return Run(folder, CheckpointFolder(folder / "checkpoints").latest(), lock)
+    try:
+        return _new_run(group, f"{description}-{datetime.now():%Y-%m-%d-%H%M%S}")
+    except OSError as error:
+        raise disk_error(error, group) from error
+
+
+def _new_run(group: Path, name: str) -> Run:
+    """A folder that did not exist before."""
+    group.mkdir(parents=True, exist_ok=True)
     number = 1
-    while folder.exists():
-        number += 1
-        folder = group / f"{description}-{stamp}-{number}"
-    return Run(folder, None)
+    while True:
+        folder = group / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return Run(folder, None, _lock(folder))
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that ends with this process, or None where another one holds it."""
+    try:
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise disk_error(error, folder / _LOCK) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _identity_of(folder: Path) -> str | None:
+    try:
+        identity: str = json.loads((folder / _IDENTITY).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return identity
 
 
 def _unfinished(group: Path, identity: str) -> list[Path]:
-    found = []
-    for note in group.glob(f"*/{_IDENTITY}"):
-        try:
-            same = json.loads(note.read_text())["identity"] == identity
-        except (ValueError, KeyError, TypeError):
-            continue
-        if same and not (note.parent / METRICS_FINAL).exists():
-            found.append(note.parent)
-    # Newest last: the folder name ends with its date and time, and names of one identity share the rest.
-    return sorted(found)
+    folders = (note.parent for note in group.glob(f"*/{_IDENTITY}"))
+    return [f for f in folders if _identity_of(f) == identity and not (f / METRICS_FINAL).exists()]
 
 
 def newest_run(group: Path, identity: str | None = None) -> Path | None:
@@ -76,8 +130,7 @@ def newest_run(group: Path, identity: str | None = None) -> Path | None:
     for folder in group.glob("*/"):
         if not CheckpointFolder(folder / "checkpoints").steps():
             continue
-        note = folder / _IDENTITY
-        if identity is not None and not (note.exists() and json.loads(note.read_text()).get("identity") == identity):
+        if identity is not None and _identity_of(folder) != identity:
             continue
         candidates.append(folder)
     return max(candidates, key=lambda folder: folder.stat().st_mtime, default=None)

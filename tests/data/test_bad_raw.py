@@ -53,6 +53,12 @@ def _check(raw: Path, dataset: str, data_dir: Path, **options: object) -> str:
         (GOOD + "NaN,5,4,2\n", "row 4, column user_id: got an empty or NaN cell"),
         (GOOD + "1,5,NaN,2\n", "row 4, column timestamp: got an empty or NaN cell"),
         (GOOD + "1,5,inf,2\n", "row 4, column timestamp: got"),
+        (GOOD + "1,5,99999999999999999999999,2\n", "row 4, column timestamp: got 1e+23, expected seconds"),
+        (GOOD + "1,5,-1e300,2\n", "row 4, column timestamp: got -1e+300, expected seconds"),
+        (GOOD + f"1,5,{2**62},2\n", f"row 4, column timestamp: got {2**62}, expected seconds"),
+        ("user_id,item_id,item_id,timestamp\n1,5,6,3\n", "got 2 columns named 'item_id', expected one"),
+        (GOOD.replace("1,", "u,") + 'u,5,9,2\n"",5,4,2\n', "row 5, column user_id: got an empty id"),
+        (GOOD.replace("1,", "u,") + 'u," ",4,2\n', "row 4, column item_id: got an empty id"),
         (GOOD + "1,5,noon,2\n", "row 4, column timestamp: got 'noon', expected seconds or an ISO 8601 time"),
         (
             HEADER + "1,5,2014-13-01,2\n1,6,2014-12-01,2\n1,7,2014-11-01,3\n",
@@ -93,6 +99,9 @@ def test_text_ids_are_taken_when_asked_for(tmp_path: Path) -> None:
         ("user_id", pa.array([1.0, 1.0, 2.0]), "column user_id: got type double, expected integer or text ids"),
         ("timestamp", pa.array([1.0, float("nan"), 2.0]), "row 2, column timestamp: got an empty or NaN cell"),
         ("timestamp", pa.array([1, 2, None]), "row 3, column timestamp: got an empty or NaN cell"),
+        ("timestamp", pa.array([1, 2, 2**64 - 5], pa.uint64()), f"row 3, column timestamp: got {2**64 - 5}, expected"),
+        ("timestamp", pa.array([1, -(2**63), 2]), f"row 2, column timestamp: got {-(2**63)}, expected seconds"),
+        ("user_id", pa.array(["a", "a", ""]), "row 3, column user_id: got an empty id"),
         ("timestamp", pa.array([True, True, False]), "column timestamp: got type bool"),
         ("rating", pa.array(["a", "b", "c"]), "column rating: got type string, expected numbers"),
         ("item", pa.array([1, 2, 3]), "column 'item_id' is missing"),
@@ -128,6 +137,27 @@ def test_missing_file_and_unknown_kind(tmp_path: Path) -> None:
     raw = tmp_path / "events.xlsx"
     raw.write_text(GOOD)
     assert "expected .csv, .tsv, .csv.gz or .parquet" in _check(raw, "custom", tmp_path / "out")
+
+
+def test_repeated_column_of_a_parquet_file(tmp_path: Path) -> None:
+    raw = tmp_path / "events.parquet"
+    names = ["user_id", "item_id", "timestamp", "user_id"]
+    pq.write_table(pa.Table.from_arrays([pa.array([1, 1, 1])] * 4, names=names), raw)
+    assert "got 2 columns named 'user_id', expected one" in _check(raw, "custom", tmp_path / "out")
+
+
+def test_repeated_columns_that_nobody_reads_are_harmless(tmp_path: Path) -> None:
+    raw = tmp_path / "events.csv"
+    raw.write_text("user_id,item_id,timestamp,note,note\n1,5,1,a,b\n1,6,2,a,b\n1,7,3,a,b\n")
+    assert prepare(sources.get("custom"), raw=raw, data_dir=tmp_path).metadata["counts"]["events"] == 3
+
+
+def test_empty_id_of_an_item_table(tmp_path: Path) -> None:
+    raw, items = tmp_path / "events.csv", tmp_path / "items.csv"
+    raw.write_text(GOOD)
+    items.write_text('item_id,title\n5,A\n"",B\n')
+    message = _check(raw, "custom", tmp_path / "out", items=items, string_ids=True)
+    assert "items.csv, row 2, column item_id: got an empty id" in message
 
 
 def test_repeated_row_of_an_item_table(tmp_path: Path) -> None:
@@ -289,6 +319,7 @@ class TestCommandLine:
                 ["--dataset=synthetic", "--synthetic_items=10"],
                 "error: synthetic num_items: got 10, expected at least 100",
             ),
+            (["--dataset=synthetic", "--synthetic_seed=-1"], "error: synthetic seed: got -1, expected 0 or more"),
             (["--raw=x"], "error: --dataset: got none"),
         ],
     )

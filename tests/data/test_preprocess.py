@@ -172,6 +172,78 @@ def test_a_failing_second_rename_is_undone(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_an_interrupt_between_the_two_renames_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generative_recommenders.data.folders._exchange", lambda first, second: False)
+    folder = tmp_path / "data"
+    with whole_folder(folder) as partial:
+        (partial / "a").write_text("one")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        if target.name.endswith("-old"):
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder) as partial:
+        (partial / "a").write_text("two")
+    assert (folder / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path, dead_pid: int) -> None:
+    gone = [f"data.partial-{dead_pid}", f"data.partial-{dead_pid}-old", f"data.partial-{os.getpid()}-old"]
+    # Of a process that runs, of another dataset, and of nobody known.
+    kept = [f"data.partial-{os.getppid()}", f"other.partial-{dead_pid}", "data.partial-x"]
+    for name in [*gone, *kept, "data"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("old")
+    with whole_folder(tmp_path / "data") as partial:
+        (partial / "a").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "data"])
+    assert (tmp_path / "data" / "a").read_text() == "new"
+
+
+def test_killed_between_two_renames_the_old_folder_comes_back(tmp_path: Path, dead_pid: int) -> None:
+    old = tmp_path / f"data.partial-{dead_pid}-old"
+    old.mkdir()
+    (old / "a").write_text("old")
+    with pytest.raises(RuntimeError, match="stop"), whole_folder(tmp_path / "data"):
+        raise RuntimeError("stop")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (tmp_path / "data" / "a").read_text() == "old"
+
+
+def test_sigterm_cleans_up(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; import preprocess_public_data as command\n"
+        "from generative_recommenders.data import preprocess\n"
+        "def slow(*_, **__): print('writing', flush=True); time.sleep(60)\n"
+        "preprocess.pq.write_table = slow\n"
+        "command.run_cli(command.main)\n"
+    )
+    flags = ["--dataset=synthetic", "--synthetic_users=20", "--synthetic_items=100", f"--data_dir={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        assert [path.name for path in tmp_path.iterdir()] == [f"synthetic.partial-{process.pid}"]
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="exchanges names in one step on Linux only")
 def test_killed_at_any_moment_one_complete_folder_remains(tmp_path: Path) -> None:
     prepare(_small_synthetic(), data_dir=tmp_path)

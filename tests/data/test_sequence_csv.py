@@ -31,6 +31,7 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ('1,7,"3,4,5","5,4","10,20,30"', r"row 2: got 3 values in sequence_item_ids and 2 in sequence_ratings"),
+        ('1,7,"3,,5","5,4,1","10,20,30"', r"row 2, column sequence_item_ids: got an empty id"),
         ('1,7,"3,4,5","5,x,1","10,20,30"', r"row 2, column sequence_ratings: got 'x'"),
         ('1,7,"3,4,5","5,4,1","10,20,later"', r"row 2, column sequence_timestamps: got 'later'"),
         ('1,7,"3,4,5","5,4,1",', r"row 2, column sequence_timestamps: got an empty"),

@@ -303,6 +303,25 @@ class TestCustom:
         assert users[0]["item_ids"] == [3, 2, 1]
         assert users[0]["timestamps"] == [0, 1, 1]
 
+    @pytest.mark.parametrize(
+        "times",
+        [
+            pa.array([2**62 - 1, -(2**62) + 1, 0]),
+            # In microseconds these would not fit int64.
+            pa.array([2**50, -(2**50), 0], pa.timestamp("s")),
+            pa.array([2**31 - 1, -(2**31), 0], pa.date32()),
+        ],
+    )
+    def test_times_far_away_are_kept(self, tmp_path: Path, times: pa.Array) -> None:
+        table = pa.table({"user_id": [1, 1, 1], "item_id": [1, 2, 3], "timestamp": times})
+        pq.write_table(table, tmp_path / "events.parquet")
+        done = prepare(sources.get("custom"), raw=tmp_path / "events.parquet", data_dir=tmp_path)
+        user = pq.read_table(done.path / "sequences.parquet").to_pylist()[0]
+        day = 86_400 if pa.types.is_date(times.type) else 1
+        numbers = times.cast(pa.int32()).to_pylist() if day > 1 else times.cast(pa.int64()).to_pylist()
+        assert user["timestamps"] == sorted(number * day for number in numbers)
+        assert user["item_ids"] == [2, 3, 1]
+
     def test_parquet_and_gzip_equal_csv(self, tmp_path: Path) -> None:
         text = self.HEADER + "b,10,3,1\nb,9,2,2\nb,7,2,3\na,7,1,5\n"
         expected = self.prepare(tmp_path, text)

@@ -135,6 +135,7 @@ def test_transitions_seen_in_training_already_predict_well(data) -> None:
     ("changes", "message"),
     [
         ({"num_users": 0}, "num_users: got 0"),
+        ({"seed": -1}, "seed: got -1, expected 0 or more"),
         ({"num_items": 99}, "num_items: got 99, expected at least 100"),
         ({"num_categories": 1_001}, "num_categories: got 1001"),
         ({"min_length": 2}, "3 <= min_length"),

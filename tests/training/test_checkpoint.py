@@ -104,16 +104,20 @@ def test_choosing_a_run(tmp_path: Path) -> None:
     again = choose_run(tmp_path, "model", "identity", "auto")
     assert again.folder != first.folder, "a run without a checkpoint has nothing to continue"
     save(first.folder / "checkpoints", step=5)
+    assert choose_run(tmp_path, "model", "identity", "auto").checkpoint is None, "the folder is in use"
+    os.close(first.lock or -1)
     found = choose_run(tmp_path, "model", "identity", "auto")
     assert found.folder == first.folder and found.checkpoint is not None and found.checkpoint.progress.step == 5
+    os.close(found.lock or -1)
     assert choose_run(tmp_path, "model", "other", "auto").checkpoint is None
     assert choose_run(tmp_path, "model", "identity", "never").checkpoint is None
     write_atomically(first.folder / "metrics.json", "{}")
     assert choose_run(tmp_path, "model", "identity", "auto").checkpoint is None
     by_name = choose_run(tmp_path, "model", "other", str(first.folder))
     assert by_name.folder == first.folder and by_name.checkpoint is not None
+    os.close(by_name.lock or -1)
     by_checkpoint = choose_run(tmp_path, "model", "other", str(first.folder / "checkpoints" / "step-00000005"))
-    assert by_checkpoint == by_name
+    assert (by_checkpoint.folder, by_checkpoint.checkpoint) == (by_name.folder, by_name.checkpoint)
     with pytest.raises(CheckpointError, match="without checkpoints"):
         choose_run(tmp_path, "model", "identity", str(tmp_path / "nothing"))
     assert newest_run(tmp_path, "identity") == first.folder and newest_run(tmp_path, "other") is None
@@ -181,6 +185,6 @@ def test_metrics_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> Non
     from generative_recommenders.training.reporting import Reporter
 
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (2, 4, 6)) + '{"step": 7, "cut sh')
-    Reporter(tmp_path, first_step=4).close()
-    assert [json.loads(x)["step"] for x in path.read_text().splitlines()] == [2, 4]
+    path.write_text("".join(json.dumps({"epoch": e}) + "\n" for e in (0, 1, 2)) + '{"epoch": 1, "cut sh')
+    Reporter(tmp_path, first_step=4, first_epoch=2).close()
+    assert [json.loads(x)["epoch"] for x in path.read_text().splitlines()] == [0, 1]

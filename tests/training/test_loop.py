@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from generative_recommenders.config import load
+from generative_recommenders.config import ConfigError, load
+from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.training.checkpoint import CheckpointError, CheckpointFolder
 from generative_recommenders.training.loop import Diverged
 from generative_recommenders.training.optim import warmed_up
 from generative_recommenders.training.retrieval import Places, RetrievalExperiment
 from tests.toy import write_toy_dataset
 
+ROOT = Path(__file__).resolve().parents[2]
 HERE = Runtime(0, 1, torch.device("cpu"))
 BASE = {
     "dataset_name": "'toy'",
@@ -79,10 +86,11 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 def test_divergence_stops_with_step_and_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        Diverged, match=r"not finite at step \d+ \(epoch 0\); no checkpoint was written yet; try a lower"
-    ):
-        experiment(tmp_path, learning_rate="1e38").train()
+    message = r"not finite at step \d+ \(epoch 0\); no checkpoint was written yet; try a lower"
+    for number, bindings in enumerate(({}, {"eval_interval": "1"}, {"local_batch_size": "64"})):
+        # The loss of the first step is finite; the weights it leaves show up in a loss, a probe or an evaluation.
+        with pytest.raises(Diverged, match=message):
+            experiment(tmp_path, f"diverging{number}", learning_rate="1e38", **bindings).train()
     run = experiment(tmp_path, "later")
     _, folder = run.train()
     (folder / "metrics.json").unlink()
@@ -113,7 +121,8 @@ def test_early_stopping_reports_the_best_epoch_on_test(tmp_path: Path, monkeypat
         learning_rate="3e-2",
     )
     evaluation, folder = run.train()
-    lines = evaluations(folder)
+    *lines, last = evaluations(folder)
+    assert (last["split"], last["metrics"]) == ("test", evaluation.metrics)
     values = [line["metrics"]["hr@10"] for line in lines]
     best = max(range(len(values)), key=lambda i: (values[i], -i))
     assert len(values) == min(20, best + 4)
@@ -189,3 +198,119 @@ def test_options_that_must_not_change_what_is_learned(tmp_path: Path, losses: li
     tolerance = 2e-2 if "bf16" in binding else 1e-5
     assert losses == pytest.approx(plain, rel=tolerance) and len(losses) == 8
     assert ("bf16" in binding) == (losses != plain)
+
+
+def test_two_launches_of_one_config_do_not_meet(tmp_path: Path) -> None:
+    """The second finds the first's folder in use and starts its own."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.training.test_loop import experiment
+from generative_recommenders.training import loop
+save = loop.Trainer._save
+def slow(self):
+    save(self)
+    time.sleep(0.5)
+loop.Trainer._save = slow
+print(experiment(Path({str(tmp_path)!r}), num_epochs="6").train()[1])
+"""
+    write_toy_dataset(tmp_path)
+    command = [sys.executable, "-c", script]
+    launches = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    folders = [launch.communicate(timeout=200)[0].splitlines()[-1] for launch in launches]
+    assert [launch.returncode for launch in launches] == [0, 0]
+    assert folders[0] != folders[1]
+    for folder in folders:
+        assert [line["epoch"] for line in evaluations(Path(folder))] == list(range(6))
+
+
+def test_a_run_in_use_is_not_resumed(tmp_path: Path) -> None:
+    _, folder = experiment(tmp_path).train()
+    handle = os.open(folder / ".lock", os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="being written by another process"):
+        experiment(tmp_path, resume=f"'{folder}'", num_epochs="4").train()
+    os.close(handle)
+
+
+def test_a_refused_resume_leaves_the_run_alone(tmp_path: Path) -> None:
+    _, folder = experiment(tmp_path).train()
+
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    before = content()
+    for bindings in ({"main_module": "'SASRec'"}, {"item_l2_norm": "True"}, {"item_embedding_dim": "16"}):
+        with pytest.raises(CheckpointError, match="was trained with"):
+            experiment(tmp_path, resume=f"'{folder}'", **bindings).train()
+    assert content() == before
+
+
+def test_an_extended_run_is_unfinished_until_it_ends_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = experiment(tmp_path).train()
+    longer = {"num_epochs": "6", "resume": f"'{folder}'"}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("generative_recommenders.training.loop.Trainer._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            experiment(tmp_path, **longer).train()
+    assert not (folder / "metrics.json").exists()
+    _, again = experiment(tmp_path, num_epochs="6").train()
+    assert again == folder
+    assert json.loads((folder / "metrics.json").read_text())["epochs"] == 6
+    assert [line["epoch"] for line in evaluations(folder)] == list(range(6))
+
+
+def test_a_checkpoint_is_only_evaluated_as_what_it_is(tmp_path: Path) -> None:
+    _, folder = experiment(tmp_path).train()
+    with pytest.raises(CheckpointError, match=r"was trained with train_fn.item_l2_norm = False, got True"):
+        experiment(tmp_path, item_l2_norm="True").evaluate_checkpoint(folder, "test")
+    with pytest.raises(ConfigError, match="--split=valid: this model was trained on the validation events"):
+        experiment(tmp_path).evaluate_checkpoint(folder, "valid")
+
+
+def test_no_whole_batch_is_refused(tmp_path: Path) -> None:
+    write_toy_dataset(tmp_path)
+    texts = [f"train_fn.{k} = {v}" for k, v in (BASE | {"local_batch_size": "128"}).items()]
+    config = load([], [*texts, *ENCODER, "create_data_loader.drop_last = True"])
+    with pytest.raises(DataError, match="60 users give no whole batch of 128"):
+        RetrievalExperiment(config, Places(tmp_path, tmp_path / "exps"), HERE).train()
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (["train_fn.main_module = 'SASRec'", "sasrec_encoder.num_heads = 3"], "sasrec_encoder.num_heads: got 3"),
+        (["train_fn.loss_weights = {'mi_loss': 0.001}"], "train_fn.loss_weights: got"),
+        (["train_fn.logq_correction = True"], "train_fn.logq_correction: got True"),
+        (["train_fn.temperature = 1e999"], "expected float, got float inf"),
+        (["train_fn.random_seed = 99999999999999999999999"], "train_fn.random_seed: got"),
+        (
+            ["train_fn.interaction_module_type = 'MoL'", "train_fn.top_k_method = 'MoLBruteForceTopK'"],
+            "not available yet",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_is_read(tmp_path: Path, bindings: list[str], message: str) -> None:
+    texts = [f"train_fn.{k} = {v}" for k, v in BASE.items()]
+    with pytest.raises(ConfigError, match=message):
+        RetrievalExperiment(load([], [*texts, *ENCODER, *bindings]), Places(tmp_path, tmp_path / "exps"), HERE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_step_of_an_epoch_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its evaluation, even where it is a multiple of checkpoint_every_n_steps."""
+    saved = []
+    save = CheckpointFolder.save
+
+    def noting(self: CheckpointFolder, *a: object, **k: object) -> Path:
+        saved.append(save(self, *a, **k))  # type: ignore[arg-type]
+        return saved[-1]
+
+    monkeypatch.setattr(CheckpointFolder, "save", noting)
+    experiment(tmp_path, num_epochs="2", checkpoint_every_n_steps="4").train()
+    assert [int(path.name.removeprefix("step-")) for path in saved] == [4, 8, 12, 16]

@@ -24,6 +24,7 @@ from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source, item_text
 from generative_recommenders.data.tables import (
     NUMBER,
+    TIME_LIMIT,
     check_no_missing,
     column_names,
     encoded,
@@ -39,6 +40,7 @@ _INTEGER_ID = r"^(0|-?[1-9][0-9]{0,17})$"
 _PADDED_INTEGER = r"^0[0-9]+$"
 # As seconds this is in the year 5138: nobody's clock, but somebody's milliseconds.
 _MILLISECONDS_FROM = 100_000_000_000
+_TICKS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,9 @@ class CustomSource(Source):
         file = _TableFile(RawFiles(self.items))
         optional = [name for name in (self.title_column, "text", "categories") if name in file.names]
         table = file.read({self.item_column: pa.string(), **dict.fromkeys(optional, pa.string())}, optional)
-        repeated = pd.Series(to_numpy(table[self.item_column].cast(pa.string()))).duplicated().to_numpy()
+        ids = pd.Series(to_numpy(table[self.item_column].cast(pa.string())))
+        _check_no_blank_id((ids.str.strip() == "").to_numpy(), file.where, self.item_column)
+        repeated = ids.duplicated().to_numpy()
         if repeated.any():
             row = int(np.argmax(repeated))
             raise DataError(
@@ -179,6 +183,10 @@ class _TableFile:
             raise DataError(f"{self.where}: truncated or damaged ({error}); copy or export it again") from error
 
     def read(self, kinds: Mapping[str, pa.DataType | None], nullable: list[str] | None = None) -> pa.Table:
+        for name in kinds:
+            count = self.names.count(name)
+            if count > 1:
+                raise DataError(f"{self.where}: got {count} columns named {name!r}, expected one; rename the others")
         if not self._parquet:
             return read_delimited(
                 self._content, kinds, where=self.where, delimiter=self._delimiter, nullable=nullable or []
@@ -219,6 +227,9 @@ class _Ids:
         self._codes, values = encoded(column)
         self._values = values.cast(pa.string())
         self._where, self._name = where, name
+        blank = pc.equal(pc.utf8_trim_whitespace(self._values), "").to_numpy(zero_copy_only=False)
+        if blank.any():
+            _check_no_blank_id(blank[self._codes], where, name)
 
     def sorted_names(self, string_ids: bool, listed: pa.Array | None = None) -> pa.Array:
         """Distinct ids, those of an item table included, in the order of their numbers 1..n."""
@@ -252,30 +263,42 @@ def seconds(column: pa.ChunkedArray, where: str, name: str) -> tuple[np.ndarray,
     Returns:
         int64 (E,), whole seconds rounded down, and (E,) what was rounded away, or None where that is nothing.
     Raises:
-        DataError: a cell is none of these, with its row.
+        DataError: a cell is none of these, or 2^62 seconds or more from 1970, with its row.
     """
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         column = _parsed_times(column, where, name)
         kind = column.type
     if pa.types.is_integer(kind):
-        values, fractions = to_numpy(column).astype(np.int64), None
+        values, fractions = _checked_times(to_numpy(column), where, name).astype(np.int64), None
     elif pa.types.is_floating(kind):
-        floats = to_numpy(column).astype(np.float64)
-        finite = np.isfinite(floats)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise DataError(f"{where}, row {row + 1}, column {name}: got {floats[row]}, expected seconds; fix the row")
+        floats = _checked_times(to_numpy(column).astype(np.float64), where, name)
         values = np.floor(floats).astype(np.int64)
         fractions = floats - values
     elif pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        exact = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False)
-        values, fractions = np.divmod(to_numpy(exact.cast(pa.int64())), 1_000_000)
+        # Whole days; a finer unit of the same type could overflow.
+        exact = column.cast(pa.timestamp("s"), safe=False) if pa.types.is_date(kind) else column
+        values, fractions = np.divmod(to_numpy(exact.cast(pa.int64())), _TICKS_PER_SECOND[exact.type.unit])
     else:
         raise DataError(f"{where}, column {name}: got type {kind}, expected seconds or ISO 8601 times; convert it")
     if values.min() >= _MILLISECONDS_FROM:
         logger.warning("%s, column %s: %d looks like milliseconds, expected seconds", where, name, values[0])
     return values, fractions if fractions is not None and fractions.any() else None
+
+
+def _checked_times(times: np.ndarray, where: str, name: str) -> np.ndarray:
+    # Before they become int64, where a time out of range would turn into another one. NaN compares false as well.
+    good = (times > -TIME_LIMIT) & (times < TIME_LIMIT)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise DataError(f"{where}, row {row + 1}, column {name}: got {times[row]}, expected seconds; fix the row")
+    return times
+
+
+def _check_no_blank_id(blank: np.ndarray, where: str, name: str) -> None:
+    if blank.any():
+        row = int(np.argmax(blank)) + 1
+        raise DataError(f"{where}, row {row}, column {name}: got an empty id, expected an integer or text; fix the row")
 
 
 def _parsed_times(column: pa.ChunkedArray, where: str, name: str) -> pa.ChunkedArray:
