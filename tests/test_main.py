@@ -192,6 +192,11 @@ def _figures(line: str) -> str:
 
 def test_evaluate_on_the_other_split(trained: Trained, launch: Launch) -> None:
     outcome = launch("--mode=evaluate", "--split=valid", f"--checkpoint={trained.folder}", *published())
+    assert outcome.status == 2
+    assert "--split=valid: this model was trained on the validation events" in outcome.err
+    honest = published("train_fn.eval_split = 'valid'", "train_fn.num_epochs = 1")
+    assert launch(*honest).status == 0
+    outcome = launch("--mode=evaluate", "--split=valid", *honest)
     assert outcome.status == 0, outcome.err
     assert re.match(rf"VALID eval: NDCG@10 .*\(valid, {NUM_USERS} users, ", outcome.logged[-1])
 
@@ -259,11 +264,12 @@ def test_early_stopping_keeps_the_best_and_reports_test_with_it(launch: Launch, 
     outcome = launch(*published(*bindings, *stopping))
     assert outcome.status == 0, outcome.err
     folder = only_run(tmp_path / "exps")
-    curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    *curve, tested = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     values = [line["metrics"]["ndcg@10"] for line in curve]
     best = values.index(max(values))
     final = json.loads((folder / "metrics.json").read_text())
     assert {line["split"] for line in curve} == {"valid"}
+    assert tested["split"] == "test"
     assert (final["split"], final["best_epoch"]) == ("test", best)
     assert best + 1 < final["epochs"] == len(curve) <= best + 1 + 3
     assert find_checkpoint(folder).progress.step == 2 * (best + 1)
@@ -299,7 +305,7 @@ def test_every_config_runs_two_steps(path: str, launch: Launch, tmp_path: Path) 
     assert not [line for line in outcome.logged if "nothing uses" in line]
     folder = only_run(tmp_path / "exps")
     assert json.loads((folder / "metrics.json").read_text())["steps"] == 2
-    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    line = (folder / "metrics.jsonl").read_text().splitlines()[0]
     assert 0 < json.loads(line)["train"]["loss"] < 100
     assert TEST_LINE.fullmatch(outcome.logged[-1])
 

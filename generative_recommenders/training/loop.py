@@ -239,16 +239,16 @@ class Trainer:
             )
         if self.evaluation is None or settings.followed_split != settings.reported_split:
             self.evaluation = self.task.final()
-            self.reporter.scalars(self.evaluation.metrics, progress.epoch, f"eval_{settings.reported_split}/")
-            record = {
-                "epoch": progress.epoch,
-                "step": progress.step,
-                "split": settings.reported_split,
-                "complete": True,
-            }
-            self.reporter.line(record | {"users": self.evaluation.num_users, "metrics": self.evaluation.metrics})
+            if settings.followed_split != settings.reported_split:
+                self._report_final(self.evaluation)
         progress.seconds = time.perf_counter() - self.started
         return self.evaluation
+
+    def _report_final(self, evaluation: Evaluation) -> None:
+        split, progress = self.settings.reported_split, self.progress
+        self.reporter.scalars(evaluation.metrics, progress.epoch, f"eval_{split}/")
+        record = {"epoch": progress.epoch, "step": progress.step, "split": split, "complete": True}
+        self.reporter.line(record | {"users": evaluation.num_users, "metrics": evaluation.metrics})
 
     def _save(self) -> None:
         self._require_finite_parameters()

@@ -28,7 +28,6 @@ def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict]
         "train_fn.max_sequence_length = 12",
         "train_fn.item_embedding_dim = 8",
         "train_fn.gradient_clip_norm = 1.0",
-        "train_fn.logq_correction = True",
         *extra,
     ]
     command = [sys.executable, *launcher, "main.py", f"--data_dir={tmp_path}", f"--exps_dir={exps}", "--device=cpu"]
@@ -53,7 +52,12 @@ def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict]
             "hstu_encoder.linear_dropout_rate = 0.2",
             "hstu_encoder.attn_dropout_rate = 0.2",
         ],
-        ["train_fn.main_module = 'SASRec'", "train_fn.sampling_strategy = 'in-batch'", "train_fn.eval_split = 'valid'"],
+        [
+            "train_fn.main_module = 'SASRec'",
+            "train_fn.sampling_strategy = 'in-batch'",
+            "train_fn.logq_correction = True",
+            "train_fn.eval_split = 'valid'",
+        ],
     ],
     ids=["hstu-local", "sasrec-in-batch-valid"],
 )
@@ -62,7 +66,8 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
     one, one_final = train(tmp_path, 1, extra)
     two, two_final = train(tmp_path, 2, extra)
     for a, b in zip(one, two, strict=True):
-        assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=2e-5)
+        if "train" in a:
+            assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=2e-5)
         assert a["users"] == b["users"] == USERS
         for name, value in a["metrics"].items():
             assert b["metrics"][name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
