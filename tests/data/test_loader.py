@@ -74,7 +74,8 @@ def test_ranks_share_every_batch(lengths: list[int], batch_size: int, world_size
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_workers_change_nothing(num_workers: int) -> None:
+def test_workers_change_nothing(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generative_recommenders.data.loader.os.cpu_count", lambda: 16)
     split = Split(dataset([5, 9, 3, 12, 7, 4, 6]), 6, 1, Thinning(0.7, 1.5, 3))
     plain = [rows(b) for b in Loader(split, 2, seed=1).epoch(2)]
     assert [rows(b) for b in Loader(split, 2, seed=1, num_workers=num_workers).epoch(2)] == plain
