@@ -36,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--name", default=None, help="name of the prepared dataset; default: that of the dataset")
     result.add_argument("--csv", action="store_true", default=False, help="also write sasrec_format.csv")
     result.add_argument("--force", action="store_true", default=False, help="prepare again what is already there")
+    result.add_argument(
+        "--shuffle_ties",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="events of one user at equal times in random order; default: the order of the source",
+    )
     custom = result.add_argument_group("custom data")
     custom.add_argument("--user_column", help="default: user_id")
     custom.add_argument("--item_column", help="default: item_id")
@@ -63,6 +70,7 @@ def main() -> int:
     options = vars(parser().parse_args())
     dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")
     name, csv, force = options.pop("name"), options.pop("csv"), options.pop("force")
+    shuffle_ties = options.pop("shuffle_ties")
     if dataset is None and (raw is not None or name is not None or options):
         raise UserError(
             "--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME"
@@ -73,7 +81,16 @@ def main() -> int:
         started = time.perf_counter()
         try:
             source = sources.get(wanted).with_options(**options)
-            done = prepare(source, raw=raw, data_dir=data_dir, name=name, csv=csv, force=force, command=command)
+            done = prepare(
+                source,
+                raw=raw,
+                data_dir=data_dir,
+                name=name,
+                csv=csv,
+                force=force,
+                shuffle_ties=shuffle_ties,
+                command=command,
+            )
         except UserError as error:
             sys.stderr.write(f"error: {one_line(error)}\n")
             status = EXIT_USER_ERROR

@@ -22,7 +22,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.data.collate import Split
 from ops.random import fold
 
-# Collating a batch takes a millisecond. Public configs ask for eight workers with 128 batches each, which take cores from
+# Collating takes a millisecond. Public configs ask for eight workers with 128 batches each, which take cores from
 # the model (6 % of an evaluation on two cores) and on ML-20M would hold a gigabyte.
 _MOST_AHEAD = 16
 CORES_A_WORKER = 4

@@ -54,6 +54,7 @@ def prepare(
     name: str | None = None,
     csv: bool = False,
     force: bool = False,
+    shuffle_ties: int | None = None,
     command: str = "",
 ) -> Prepared:
     """Read `source`, check it, and write `<data_dir>/<name>`.
@@ -64,6 +65,8 @@ def prepare(
         raw: raw file or folder; None downloads into `data_dir`.
         name: folder and dataset name; the source's by default.
         csv: also write `sasrec_format.csv`.
+        shuffle_ties: seed of a random order among a user's events of equal time, instead of the order of the source.
+            That order can carry information: what a site lists together is rated together.
         command: recorded in dataset.json.
     Raises:
         DataError: raw files are missing, damaged or not as expected, or the result cannot be written. The folder is
@@ -78,13 +81,14 @@ def prepare(
         files = RawFiles(raw if raw is not None else source.fetch(data_dir), source.sha256)
     elif raw is not None:
         raise DataError(f"--raw: dataset {name!r} is generated and reads no file; leave --raw out")
-    current = None if force else _current(folder, source, files, csv)
+    options = source.options if shuffle_ties is None else {**source.options, "shuffle_ties": shuffle_ties}
+    current = None if force else _current(folder, options, files, csv)
     if current is not None:
         return Prepared(folder, current, written=False)
 
     events = source.read(files)
     items = events.items
-    sequences = sequences_table(events)
+    sequences = sequences_table(events, shuffle_ties)
     _check_events(name, events, sequences)
     counts = _counts(events, sequences)
     max_item_id = int(pc.max(items["item_id"]).as_py())
@@ -97,7 +101,7 @@ def prepare(
         "version": VERSION,
         "source": files.path.name if files else source.name,
         "checksum": {member: f"sha256:{digest}" for member, digest in files.checksums.items()} if files else {},
-        "options": source.options,
+        "options": options,
         "counts": counts,
         "max_item_id": max_item_id,
         "split": SPLIT,
@@ -120,9 +124,12 @@ def user_order(user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
     return np.argsort(key, kind="stable")
 
 
-def sequences_table(events: RawEvents) -> pa.Table:
+def sequences_table(events: RawEvents, shuffle_ties: int | None = None) -> pa.Table:
     """One row a user, sorted by user id: `user_id`, list columns with the oldest event first, and the user columns."""
     order = user_order(events.user_ids, events.timestamps)
+    if shuffle_ties is not None:
+        draws = np.random.default_rng(shuffle_ties).random(len(order))
+        order = order[np.lexsort((draws, events.timestamps[order], events.user_ids[order]))]
     users = events.user_ids[order]
     starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
     user_ids = users[starts]
@@ -146,14 +153,14 @@ def sequences_table(events: RawEvents) -> pa.Table:
     return pa.table(columns)
 
 
-def _current(folder: Path, source: Source, files: RawFiles | None, csv: bool) -> Mapping[str, Any] | None:
+def _current(folder: Path, options: Mapping[str, Any], files: RawFiles | None, csv: bool) -> Mapping[str, Any] | None:
     """Content of dataset.json if `folder` holds what this call would write, else None."""
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     wanted = [SEQUENCES_FILE, ITEMS_FILE, *([CSV_FILE] if csv else [])]
-    same = metadata.get("version") == VERSION and metadata.get("options") == source.options
+    same = metadata.get("version") == VERSION and metadata.get("options") == options
     if not same or not all((folder / file).is_file() for file in wanted):
         return None
     for member, checksum in metadata.get("checksum", {}).items():
