@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -174,25 +174,21 @@ def training_counts(dataset: PreparedDataset, held_out: int) -> Tensor:
 
 def evaluation_loader(plan: Plan, split: Split, rank: int, world_size: int) -> Loader:
     """In a fixed shuffled order, so that a partial evaluation sees a sample and not the first users of the file."""
-    return Loader(
-        split,
-        plan.experiment.eval_batch_size,
-        seed=plan.experiment.random_seed,
-        rank=rank,
-        world_size=world_size,
-        num_workers=plan.loader.num_workers,
-        prefetch_factor=plan.loader.prefetch_factor,
-    )
+    return _loader(plan, split, plan.experiment.eval_batch_size, rank, world_size)
 
 
 def training_loader(plan: Plan, split: Split, rank: int, world_size: int) -> Loader:
+    loader = _loader(plan, split, plan.experiment.local_batch_size, rank, world_size)
+    return replace(loader, drop_last=plan.loader.drop_last)
+
+
+def _loader(plan: Plan, split: Split, batch_size: int, rank: int, world_size: int) -> Loader:
     return Loader(
         split,
-        plan.experiment.local_batch_size,
+        batch_size,
         seed=plan.experiment.random_seed,
         rank=rank,
         world_size=world_size,
         num_workers=plan.loader.num_workers,
         prefetch_factor=plan.loader.prefetch_factor,
-        drop_last=plan.loader.drop_last,
     )
