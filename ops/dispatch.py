@@ -1,9 +1,10 @@
 """Which implementation of an op runs, and why.
 
-An op is one `Op` object holding a reference and, where they exist, faster implementations ("cpu": C++ compiled on first
-use, "triton": GPU kernels). The choice, in falling priority: the `backend=` argument of the call, an enclosing
-`with ops.backend(...)`, the environment variable `GR_OPS`, then the fastest one that accepts the arguments.
-`ops.explain()` lists every op with what "auto" would take on this machine and the reason.
+An op is one `Op` object holding a reference and, where they exist, faster implementations ("cpu": C++ compiled on
+first use, or blocked PyTorch; "triton": GPU kernels; "fbgemm": those of fbgemm_gpu). The choice, in falling priority:
+the `backend=` argument of the call, an enclosing `with ops.backend(...)`, the environment variable `GR_OPS`, then the
+fastest one that accepts the arguments. `ops.explain()` lists every op with what "auto" would take on this machine and
+the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("auto", "reference", "cpu", "triton")
+from ops.triton_runtime import interpreted
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "fbgemm")
 
 _OPS: dict[str, Op] = {}
 _override: ContextVar[str | None] = ContextVar("gr_ops_backend", default=None)
@@ -62,7 +65,7 @@ class Op:
         if wanted == "reference":
             return self.reference(*args, **kwargs)
         if wanted == "auto":
-            for implementation in self.implementations.values():
+            for implementation in self._automatic().values():
                 if implementation.refuses(*args, **kwargs) is None:
                     return implementation.run(*args, **kwargs)
             return self.reference(*args, **kwargs)
@@ -77,11 +80,19 @@ class Op:
             return self.reference(*args, **kwargs)
         return implementation.run(*args, **kwargs)
 
+    def _automatic(self) -> dict[str, Implementation]:
+        """What "auto" chooses from: Triton's interpreter shows that a kernel is right and is no way to run it."""
+        if not interpreted():
+            return self.implementations
+        return {name: x for name, x in self.implementations.items() if name != "triton"}
+
     def describe(self) -> tuple[str, str]:
         """The back-end "auto" takes on this machine and the reason the faster ones are not taken."""
         reasons: list[str] = []
         for name, implementation in self.implementations.items():
             reason = implementation.refuses()
+            if reason is None and name not in self._automatic():
+                reason = "only its interpreter, for tests"
             if reason is None:
                 return name, "; ".join(reasons) or "fastest available"
             reasons.append(f"no {name}: {reason}")

@@ -31,9 +31,10 @@ _FLAGS = (
 _state: dict[Path, tuple[ctypes.CDLL | None, str]] = {}
 
 
-def _cache_dir() -> Path:
+def cache_folder() -> Path:
+    """Where compiled kernels and tuning results are kept: GR_CACHE, else the user's cache folder."""
     root = os.environ.get("GR_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
-    return Path(root) / "generative_recommenders" / "native"
+    return Path(root) / "generative_recommenders"
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def _build(source: Path) -> tuple[ctypes.CDLL | None, str]:
     digest = hashlib.sha256(text)
     for part in (*_FLAGS, compiler, _processor(), *_openmp_runtime()):
         digest.update(part.encode())
-    target = _cache_dir() / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.so"
+    target = cache_folder() / "native" / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,14 @@ def library(source: Path) -> ctypes.CDLL | None:
             logger.warning("%s; the slower PyTorch reference runs instead", why)
         _state[source] = (library, why)
     return _state[source][0]
+
+
+def require(source: Path) -> ctypes.CDLL:
+    """`library(source)`; RuntimeError where it cannot be built, as for a model exported on a machine that could."""
+    found = library(source)
+    if found is None:
+        raise RuntimeError(f"{source.parent.name}: {_state[source][1]}")
+    return found
 
 
 @torch.compiler.assume_constant_result

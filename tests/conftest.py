@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before any kernel is imported: without a GPU they run under Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Set to a folder with data/ and golden/ to run the tests on real data; by default it is looked for beside the
@@ -23,3 +28,12 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def golden_dir(shared_dir: Path) -> Path:
     return shared_dir / "golden"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are left out, not skipped, on a machine without one."""
+    if torch.cuda.is_available():
+        return
+    absent = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]

@@ -8,14 +8,23 @@ keys, and backward recomputes the mask instead of reading a saved one.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ops.dispatch import Implementation, Op
-from ops.dropout import cpu, reference
+from ops.dropout import cpu, gpu, operator, reference
 
 __all__ = ["dropout"]
 
-_dropout = Op("dropout", reference.dropout, {"cpu": Implementation(cpu.dropout, cpu.refuses)})
+_dropout = Op(
+    "dropout",
+    reference.dropout,
+    {
+        "triton": Implementation(partial(operator.dropout, triton=True), gpu.refuses),
+        "cpu": Implementation(partial(operator.dropout, triton=False), cpu.refuses),
+    },
+)
 
 
 def dropout(

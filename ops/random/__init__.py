@@ -16,10 +16,12 @@ in an xor, so seeds 0, 1, 2 over keys 0..n permute one another's rows: derive se
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ops.dispatch import Implementation, Op
-from ops.random import cpu, reference
+from ops.random import cpu, gpu, operator, reference
 from ops.random.reference import MAX_HIGH, drop_threshold, fold, lane_bits, token_hash
 
 __all__ = ["MAX_HIGH", "drop_threshold", "fold", "lane_bits", "token_hash", "uniform_ints"]
@@ -27,7 +29,10 @@ __all__ = ["MAX_HIGH", "drop_threshold", "fold", "lane_bits", "token_hash", "uni
 _uniform_ints = Op(
     "uniform_ints",
     reference.uniform_ints,
-    {"cpu": Implementation(cpu.uniform_ints, cpu.refuses)},
+    {
+        "triton": Implementation(partial(operator.uniform_ints, triton=True), gpu.refuses),
+        "cpu": Implementation(partial(operator.uniform_ints, triton=False), cpu.refuses),
+    },
 )
 
 

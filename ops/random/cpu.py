@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops import native
 
@@ -19,10 +20,8 @@ def refuses(*args: Any, **_: Any) -> str | None:
     return native.reason(_SOURCE)
 
 
-@torch.library.custom_op("gr::uniform_ints_cpu", mutates_args=())
-def _draw(seed: int, keys_T: torch.Tensor, count: int, high: int) -> torch.Tensor:
-    library = native.library(_SOURCE)
-    assert library is not None
+def uniform_ints(seed: int, keys_T: Tensor, count: int, high: int) -> Tensor:
+    library = native.require(_SOURCE)
     keys_T = keys_T.contiguous()
     out_TR = torch.empty(keys_T.shape[0], count, dtype=torch.int64)
     library.uniform_ints(
@@ -34,15 +33,3 @@ def _draw(seed: int, keys_T: torch.Tensor, count: int, high: int) -> torch.Tenso
         native.pointer(out_TR),
     )
     return out_TR
-
-
-@_draw.register_fake
-def _(seed: int, keys_T: torch.Tensor, count: int, high: int) -> torch.Tensor:
-    return keys_T.new_empty(keys_T.shape[0], count)
-
-
-def uniform_ints(seed: int, keys_T: torch.Tensor, count: int, high: int) -> torch.Tensor:
-    # torch passes integers as signed 64 bits; the generator reads the same 64 bits unsigned.
-    seed &= 2**64 - 1
-    result: torch.Tensor = _draw(seed - 2**64 if seed >= 2**63 else seed, keys_T, count, high)
-    return result

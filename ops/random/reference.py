@@ -28,6 +28,18 @@ def token_hash(seed: int, keys: torch.Tensor) -> torch.Tensor:
     return _mix(low ^ ((keys >> 32) & _MASK) ^ high_seed)
 
 
+def seed_halves(seed: int) -> tuple[int, int]:
+    """The seed as Triton kernels take it: two signed 32-bit halves, the higher times the lane step."""
+    halves = (seed & _MASK, ((seed >> 32) & _MASK) * _LANE_STEP & _MASK)
+    return halves[0] - (halves[0] >> 31 << 32), halves[1] - (halves[1] >> 31 << 32)
+
+
+def signed_seed(seed: int) -> int:
+    """The seed's 64 bits as the signed integer that torch's operators carry."""
+    seed &= (1 << 64) - 1
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
 def lane_bits(token: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
     """32 random bits for each (token, lane), broadcast like addition: int64 values in [0, 2^32).
 

@@ -5,60 +5,65 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops import native
 from ops.dropout import cpu, dropout
 from ops.random import drop_threshold, lane_bits, token_hash
+from ops.testing import Place, places
 
-BACKENDS = ["reference", "cpu"] if cpu.refuses() is None else ["reference"]
+PLACES = places(cpu.refuses)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (5, 0), (7, 3, 5), (301, 50), (9,)])
-def test_backends_are_equal_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_backends_are_equal_bit_for_bit(place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and place.backend == "triton":
+        pytest.skip("no Triton kernel for float64")
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=generator).to(dtype)
     upstream = torch.randn(shape, generator=generator).to(dtype)
     keys_T = torch.randint(-(2**62), 2**62, shape[:1], generator=generator)
-    results = []
-    for backend in BACKENDS:
-        leaf = x.clone().requires_grad_()
-        y = dropout(leaf, 0.3, -12345678901, keys_T, backend=backend)
-        (grad,) = torch.autograd.grad(y, leaf, upstream)
+
+    def run(at: Place) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = at.put(x).requires_grad_()
+        y = dropout(leaf, 0.3, -12345678901, at.put(keys_T), backend=at.backend)
+        (grad,) = torch.autograd.grad(y, leaf, at.put(upstream))
         assert y.dtype == grad.dtype == dtype
-        results.append((y.detach(), grad))
-    for y, grad in results:
-        assert torch.equal(y, results[0][0])
-        assert torch.equal(grad, results[0][1])
+        return y.detach().cpu(), grad.cpu()
+
+    for value, wanted in zip(run(place), run(Place("reference")), strict=True):
+        assert torch.equal(value, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_mask_is_the_formula_and_ignores_memory_layout(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_mask_is_the_formula_and_ignores_memory_layout(place: Place) -> None:
     keys_T = torch.tensor([5, 5, 2**40])
     x = torch.ones(40, 3).T
-    y = dropout(x, 0.25, 17, keys_T, backend=backend)
+    y = dropout(place.put(x), 0.25, 17, place.put(keys_T), backend=place.backend)
     dropped = lane_bits(token_hash(17, keys_T)[:, None], torch.arange(40)) < drop_threshold(0.25)
     assert torch.equal(y == 0, dropped)
     assert torch.equal(y[~dropped], torch.full_like(y[~dropped], 4 / 3))
     assert torch.equal(y[0], y[1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_rate_and_mean_are_kept(backend: str, rate: float) -> None:
-    y = dropout(torch.ones(2000, 64), rate, 3, torch.arange(2000), backend=backend)
+def test_rate_and_mean_are_kept(place: Place, rate: float) -> None:
+    y = dropout(place.put(torch.ones(2000, 64)), rate, 3, place.put(torch.arange(2000)), backend=place.backend)
     deviation = (rate * (1 - rate) / y.numel()) ** 0.5
     assert abs((y == 0).double().mean().item() - rate) < 4 * deviation
     assert abs(y.double().mean().item() - 1) < 4 * deviation / (1 - rate)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_under_the_mask_is_dropped_and_elsewhere_stays(backend: str) -> None:
-    y = dropout(torch.full((10, 20), float("nan")), 0.5, 3, torch.arange(10), backend=backend)
+@pytest.mark.parametrize("place", PLACES)
+def test_nan_under_the_mask_is_dropped_and_elsewhere_stays(place: Place) -> None:
+    y = dropout(
+        place.put(torch.full((10, 20), float("nan"))), 0.5, 3, place.put(torch.arange(10)), backend=place.backend
+    )
     assert bool((y.isnan() | (y == 0)).all())
     assert 0 < int(y.isnan().sum()) < 200
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_gradcheck(backend: str) -> None:
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     keys_T = torch.arange(4)
@@ -71,11 +76,10 @@ def test_off_returns_x_itself() -> None:
     assert dropout(x, 0.0, 1, keys_T) is x
 
 
-def test_custom_op_is_registered_soundly() -> None:
-    if native.reason(cpu._SOURCE) is not None:
-        pytest.skip("no C++ compiler")
-    x = torch.randn(4, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.gr.dropout_cpu.default, (x, 0.4, 9, torch.arange(4)))
+@pytest.mark.parametrize("place", places(cpu.refuses, reference=False))
+def test_custom_op_is_registered_soundly(place: Place) -> None:
+    x, keys_T = place.put(torch.randn(4, 6)).requires_grad_(), place.put(torch.arange(4))
+    torch.library.opcheck(torch.ops.gr.dropout.default, (x, 0.4, 9, keys_T, place.backend == "triton"))
 
 
 def test_bad_arguments_are_named() -> None:

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.random import MAX_HIGH, drop_threshold, fold, lane_bits, token_hash, uniform_ints
+from ops.random import MAX_HIGH, cpu, drop_threshold, fold, lane_bits, token_hash, uniform_ints
+from ops.testing import Place, places
+
+PLACES = places(cpu.refuses)
 
 MASK = 2**32 - 1
 
@@ -40,9 +43,9 @@ def chi_square_z(counts: torch.Tensor) -> float:
     high=st.one_of(st.integers(1, 2**24), st.integers(2**24 + 1, MAX_HIGH)),
 )
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_uniform_ints_is_the_formula_on_python_integers(backend: str, seed: int, key: int, high: int) -> None:
-    got = uniform_ints(seed, torch.tensor([key]), 3, high, backend=backend)[0].tolist()
+@pytest.mark.parametrize("place", PLACES)
+def test_uniform_ints_is_the_formula_on_python_integers(place: Place, seed: int, key: int, high: int) -> None:
+    got = uniform_ints(seed, place.put(torch.tensor([key])), 3, high, backend=place.backend)[0].tolist()
     if high <= 2**24:
         wanted = [scalar_bits(seed, key, r) * high >> 32 for r in range(3)]
     else:
@@ -51,14 +54,15 @@ def test_uniform_ints_is_the_formula_on_python_integers(backend: str, seed: int,
     assert got == wanted
 
 
+@pytest.mark.parametrize("place", places(cpu.refuses, reference=False))
 @pytest.mark.parametrize("high", [1, 2, 3883, 2**24, 2**24 + 1, 440_000_001, MAX_HIGH])
 @pytest.mark.parametrize(("tokens", "count"), [(0, 4), (1, 1), (3, 0), (517, 33)])
-def test_backends_agree(high: int, tokens: int, count: int) -> None:
+def test_backends_agree(place: Place, high: int, tokens: int, count: int) -> None:
     keys_T = torch.arange(tokens) * 7_919_000_000_001 - 3
     reference = uniform_ints(99, keys_T, count, high, backend="reference")
     assert reference.shape == (tokens, count)
     assert reference.dtype == torch.int64
-    assert torch.equal(uniform_ints(99, keys_T, count, high), reference)
+    assert torch.equal(uniform_ints(99, place.put(keys_T), count, high, backend=place.backend).cpu(), reference)
     assert bool(((reference >= 0) & (reference < high)).all())
 
 

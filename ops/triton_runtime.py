@@ -1,0 +1,174 @@
+"""What the Triton implementations share: whether they can run, and how a kernel is launched.
+
+Kernels are in `ops/<op>/kernels.py`, the only files that import triton at their top; `ops/<op>/gpu.py` checks,
+allocates and launches them through `launch`. With `TRITON_INTERPRET=1` in the environment before the first kernel is
+imported, kernels run on CPU tensors under Triton's interpreter: slow, the same arithmetic, never chosen by "auto".
+Inside `compile_only(capability)` launches compile for that architecture and run nothing, so that a machine without a
+GPU sees exactly what a GPU would compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted() -> bool:
+    """Whether kernels run under the interpreter, on CPU tensors."""
+    return _INTERPRETED
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _machine_refuses() -> str | None:
+    if not _INSTALLED:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, expected 8.0 or higher"
+    return None
+
+
+def refuses(*args: Any, **kwargs: Any) -> str | None:
+    """Why Triton kernels cannot take these arguments, or None; without arguments, about this machine.
+
+    Tensors must be on a GPU (under the interpreter: anywhere), floating ones of float32, bfloat16 or float16.
+    """
+    if _compiling is not None:
+        return None
+    reason = _machine_refuses()
+    if reason is not None:
+        return reason
+    for value in (*args, *kwargs.values()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.device.type != "cuda" and not interpreted():
+            return f"a tensor is on {value.device.type}"
+        if value.is_floating_point() and value.dtype not in DTYPES:
+            return f"no kernel for {value.dtype}"
+    return None
+
+
+def on_gpu(tensor: Tensor, forced: bool) -> bool:
+    """Whether an operator that serves both devices runs its Triton form: on a GPU tensor, or where a test forces it."""
+    return tensor.is_cuda or forced
+
+
+@dataclass
+class Compiled:
+    """One compilation: the kernel's name, the arguments that select the variant, and Triton's result."""
+
+    kernel: str
+    constants: dict[str, Any]
+    result: Any
+
+
+@dataclass
+class _Compilation:
+    capability: int
+    configs: Callable[[str, list[dict[str, int]]], list[dict[str, int]]]
+    results: list[Compiled] = field(default_factory=list)
+
+
+_compiling: _Compilation | None = None
+
+
+class _AbsentGPU:
+    """Stands for the active Triton driver while compiling without a device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        # One compilation cache an architecture.
+        return self.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(
+    capability: int, configs: Callable[[str, list[dict[str, int]]], list[dict[str, int]]] | None = None
+) -> Iterator[list[Compiled]]:
+    """Compile every launch inside the block for an architecture (80, 90) instead of running it; results have no values.
+
+    configs(kernel name, [default, *candidates]) selects the configurations to compile; default: the default alone.
+    Must not be entered where the interpreter is on.
+    """
+    global _compiling
+    assert not interpreted(), "unset TRITON_INTERPRET to compile"
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(_AbsentGPU(capability))
+    _compiling = _Compilation(capability, configs or (lambda kernel, options: options[:1]))
+    try:
+        yield _compiling.results
+    finally:
+        _compiling = None
+        driver._active = before
+
+
+class Options(Protocol):
+    """`ops.tuning.Table`."""
+
+    def options(
+        self, kernel: str, key: dict[str, int], measure: Callable[[dict[str, int]], None]
+    ) -> list[dict[str, int]]:
+        """The configuration to launch with, followed by the others worth compiling."""
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[dict[str, int]], tuple[int, ...]],
+    *args: Any,
+    table: Options,
+    key: dict[str, int],
+    **constants: Any,
+) -> None:
+    """Run `kernel[grid(config)](*args, **constants, **config)` with the configuration that `table` has for `key`.
+
+    A grid with a zero is nothing to do. The launch goes to the device of the first tensor. A kernel must be free to run
+    twice: measuring configurations repeats it.
+    """
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    name = kernel.fn.__name__
+
+    def run(config: dict[str, int]) -> None:
+        size = grid(config)
+        if 0 not in size:
+            kernel[size](*args, **constants, **config)
+
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        options = table.options(name, key, run)
+        if _compiling is None:
+            run(options[0])
+            return
+        for config in _compiling.configs(name, options):
+            result = kernel.warmup(*args, **constants, **config, grid=(1, 1, 1))
+            _compiling.results.append(Compiled(name, {**constants, **config}, result))
