@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,12 +49,32 @@ def _machine_refuses() -> str | None:
     return None
 
 
+def compiling() -> bool:
+    """Whether launches are compiled and not run, inside `compile_only`."""
+    return _compiling is not None
+
+
+def architecture() -> int:
+    """Compute capability that kernels are compiled for, as 10 * major + minor; 0 without a device."""
+    if _compiling is not None:
+        return _compiling.capability
+    return _device_architecture()
+
+
+@functools.cache
+def _device_architecture() -> int:
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def refuses(*args: Any, **kwargs: Any) -> str | None:
     """Why Triton kernels cannot take these arguments, or None; without arguments, about this machine.
 
     Tensors must be on a GPU (under the interpreter: anywhere), floating ones of float32, bfloat16 or float16.
     """
-    if _compiling is not None:
+    if compiling():
         return None
     reason = _machine_refuses()
     if reason is not None:
@@ -75,11 +96,12 @@ def on_gpu(tensor: Tensor, forced: bool) -> bool:
 
 @dataclass
 class Compiled:
-    """One compilation: the kernel's name, the arguments that select the variant, and Triton's result."""
+    """One compilation: the kernel's name, the arguments that select the variant, Triton's result, and its time."""
 
     kernel: str
     constants: dict[str, Any]
     result: Any
+    seconds: float
 
 
 @dataclass
@@ -138,9 +160,12 @@ class Options(Protocol):
     """`ops.tuning.Table`."""
 
     def options(
-        self, kernel: str, key: dict[str, int], measure: Callable[[dict[str, int]], None]
+        self, kernel: str, key: dict[str, int], measure: Callable[[dict[str, int]], bool]
     ) -> list[dict[str, int]]:
-        """The configuration to launch with, followed by the others worth compiling."""
+        """The configuration to launch with, followed by the others worth compiling.
+
+        measure(config) launches once and returns whether there was anything to do.
+        """
 
 
 def launch(
@@ -159,10 +184,12 @@ def launch(
     device = next(x.device for x in args if isinstance(x, Tensor))
     name = kernel.fn.__name__
 
-    def run(config: dict[str, int]) -> None:
+    def run(config: dict[str, int]) -> bool:
         size = grid(config)
-        if 0 not in size:
-            kernel[size](*args, **constants, **config)
+        if 0 in size:
+            return False
+        kernel[size](*args, **constants, **config)
+        return True
 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         options = table.options(name, key, run)
@@ -170,5 +197,6 @@ def launch(
             run(options[0])
             return
         for config in _compiling.configs(name, options):
+            started = time.perf_counter()
             result = kernel.warmup(*args, **constants, **config, grid=(1, 1, 1))
-            _compiling.results.append(Compiled(name, {**constants, **config}, result))
+            _compiling.results.append(Compiled(name, {**constants, **config}, result, time.perf_counter() - started))

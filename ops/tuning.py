@@ -4,9 +4,10 @@
                                                     "others": [{config}, ...]}, ...]}}
 
 A config holds the kernel's block sizes and num_warps, num_stages. The first row whose `up_to` bounds the call's key in
-every name it mentions is used; the last row mentions none. With `GR_AUTOTUNE=1` the first call with a new key times
-every configuration of the row on the device and keeps the fastest in `<cache>/tuning/<device>.json`, which later
-processes read whether or not the variable is set; a row that changed since is measured anew.
+every name it mentions is used; the last row mentions none. Every key has "sm", the architecture (80, 90). With
+`GR_AUTOTUNE=1` the first call with a new key times every configuration of the row on the device and keeps the fastest
+in `<cache>/tuning/<device>.json`, which later processes read whether or not the variable is set; a row that changed
+since is measured anew.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from ops.native import cache_folder
-from ops.triton_runtime import interpreted
+from ops.triton_runtime import architecture, compiling, interpreted
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +48,34 @@ class Table:
 
     def row(self, kernel: str, key: dict[str, int]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = self.kernels[kernel]["rows"]
+        key = {**key, "sm": architecture()}
         return next(row for row in rows if all(key[name] <= bound for name, bound in row.get("up_to", {}).items()))
 
-    def options(self, kernel: str, key: dict[str, int], measure: Callable[[Config], None]) -> list[Config]:
-        """The configuration to launch with, followed by the others of its row; measure(config) launches once."""
+    def constant(self, kernel: str, key: dict[str, int], name: str) -> int:
+        """A block size that every configuration of the row shares, where the host must know it before the launch."""
+        if interpreted():
+            value: int = self.kernels[kernel]["interpreted"][name]
+            return value
+        row = self.row(kernel, key)
+        (shared,) = {config[name] for config in (row["default"], *row.get("others", []))}
+        return shared
+
+    def options(self, kernel: str, key: dict[str, int], measure: Callable[[Config], bool]) -> list[Config]:
+        """The configuration to launch with, followed by the others of its row.
+
+        measure(config) launches once and returns whether there was anything to do.
+        """
         if interpreted():
             return [self.kernels[kernel]["interpreted"]]
         row = self.row(kernel, key)
         listed: list[Config] = [row["default"], *row.get("others", [])]
-        if not _has_gpu():
+        if compiling() or not _has_gpu():
             return listed
         best = self._choice(kernel, key, listed, measure)
         return [best, *(config for config in listed if config != best)]
 
     def _choice(
-        self, kernel: str, key: dict[str, int], listed: list[Config], measure: Callable[[Config], None]
+        self, kernel: str, key: dict[str, int], listed: list[Config], measure: Callable[[Config], bool]
     ) -> Config:
         place = (torch.cuda.current_device(), kernel, *sorted(key.items()))
         if place in self._choices:
@@ -72,6 +86,9 @@ class Table:
         if saved in listed:
             self._choices[place] = saved
         elif os.environ.get("GR_AUTOTUNE") == "1" and len(listed) > 1:
+            if not measure(listed[0]):
+                # Nothing was launched, for want of rows, so nothing can be learned.
+                return listed[0]
             self._choices[place] = _fastest(name, listed, measure)
             _save(_device_file(), name, self._choices[place])
         else:
@@ -84,7 +101,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _fastest(name: str, listed: list[Config], measure: Callable[[Config], None]) -> Config:
+def _fastest(name: str, listed: list[Config], measure: Callable[[Config], bool]) -> Config:
     from triton.testing import do_bench
 
     times: list[tuple[float, int]] = []

@@ -41,7 +41,7 @@ from generative_recommenders.nn.attention import RowGroups, causal_attention
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
 from generative_recommenders.nn.inputs import PositionalInput
 from generative_recommenders.nn.relative_bias import RelativeBias
-from ops.hstu_attention import hstu_attention
+from ops.hstu_attention import hstu_attention, hstu_attention_cached
 
 _EPS = 1e-6
 # Streams of randomness within a layer; layers are `_STREAMS_PER_LAYER` apart and the input has stream 0.
@@ -113,18 +113,48 @@ class HSTULayer(nn.Module):
         batch: SequenceBatch,
         draws: Draws | None,
         groups: RowGroups | None = None,
-        queries: Tensor | None = None,
     ) -> Tensor:
-        """Next states (T, D); with `queries` (Q,), flat token numbers, only those tokens' states (Q, D)."""
-        normed = F.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
-        if queries is None:
-            u, v, q, k = self._project(normed, "uvqk")
-            attended = self._attend(q, k, v, batch, draws, groups, None)
+        """Next states (T, D)."""
+        u, v, q, k = self._project(self._norm(x_TD), "uvqk")
+        if groups is not None:
+            attended = self._softmax_attention(q, k, v, batch, draws, groups)
         else:
-            v, k = self._project(normed, "vk")
-            u, q = self._project(normed[queries], "uq")
-            attended = self._attend(q, k, v, batch, draws, groups, queries)
-            x_TD = x_TD[queries]
+            attended = self._attend(q, k, v, batch, draws)
+        return self._output(x_TD, u, attended, draws)
+
+    def last_states(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
+        """States of the last token of each row, (B, D); no row may be empty. Only its keys need the other tokens."""
+        last = batch.offsets[1:] - 1
+        normed = self._norm(x_TD)
+        v, k = self._project(normed, "vk")
+        u, q = self._project(normed[last], "uq")
+        position_weights, time_weights = self._tables()
+        attended = hstu_attention_cached(
+            self._heads(q),
+            torch.arange(batch.size + 1, device=last.device),
+            self._heads(k),
+            self._heads(v),
+            batch.offsets,
+            max_seq_len=self.num_positions,
+            position_weights=position_weights,
+            time_weights=time_weights,
+            query_times=batch.next_timestamps_T[last],
+            cache_times=batch.timestamps_T,
+            max_queries=1,
+        )
+        return self._output(x_TD[last], u, attended.flatten(1), None)
+
+    def _norm(self, x_TD: Tensor) -> Tensor:
+        return F.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
+
+    def _heads(self, x_TD: Tensor) -> Tensor:
+        return x_TD.unflatten(1, (self.config.num_heads, -1))
+
+    def _tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Position and time weights of the bias."""
+        return (None, None) if self.bias is None else (self.bias.position_weights, self.bias.time_weights)
+
+    def _output(self, x_TD: Tensor, u: Tensor, attended: Tensor, draws: Draws | None) -> Tensor:
         y = F.layer_norm(attended, attended.shape[-1:], eps=_EPS)
         gated = torch.cat([u, y, u * y], dim=-1) if self.config.concat_ua else u * y
         return torch.addmm(x_TD, self.dropout(gated, draws), self.output.weight.T) + self.output.bias
@@ -139,36 +169,24 @@ class HSTULayer(nn.Module):
             projected = F.silu(projected, inplace=not torch.is_grad_enabled())
         return projected.split([widths[p] for p in parts], dim=1)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        batch: SequenceBatch,
-        draws: Draws | None,
-        groups: RowGroups | None,
-        queries: Tensor | None,
-    ) -> Tensor:
-        if groups is not None:
-            return self._softmax_attention(q, k, v, batch, draws, groups)
-        heads = self.config.num_heads
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None) -> Tensor:
+        position_weights, time_weights = self._tables()
         drop = self.training and self.config.attn_dropout_rate > 0.0 and draws is not None
         attended = hstu_attention(
-            q.reshape(q.shape[0], heads, -1),
-            k.reshape(k.shape[0], heads, -1),
-            v.reshape(v.shape[0], heads, -1),
+            self._heads(q),
+            self._heads(k),
+            self._heads(v),
             batch.offsets,
             max_seq_len=self.num_positions,
-            position_weights=self.bias.position_weights if self.bias is not None else None,
-            time_weights=self.bias.time_weights if self.bias is not None else None,
-            query_times=batch.next_timestamps_T if queries is None else batch.next_timestamps_T[queries],
+            position_weights=position_weights,
+            time_weights=time_weights,
+            query_times=batch.next_timestamps_T,
             key_times=batch.timestamps_T,
-            query_rows=queries,
             dropout_rate=self.config.attn_dropout_rate if drop else 0.0,
             dropout_seed=draws.stream(self.attention_stream) if drop and draws is not None else 0,
             row_keys=draws.keys_T if drop and draws is not None else None,
         )
-        return attended.reshape(attended.shape[0], self.value_width)
+        return attended.flatten(1)
 
     def _softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None, groups: RowGroups
@@ -228,10 +246,10 @@ class HSTU(nn.Module):
 
         Every row must hold at least one event.
         """
-        last = batch.offsets[1:] - 1
-        groups = self._groups(batch)
-        if groups is not None:
-            return self.forward(x_TD, batch)[last]
+        if self._groups(batch) is not None:
+            return self.forward(x_TD, batch)[batch.offsets[1:] - 1]
         for layer in self.layers[:-1]:
             x_TD = layer(x_TD, batch, None)
-        return self.layers[-1](x_TD, batch, None, None, last)
+        final = self.layers[-1]
+        assert isinstance(final, HSTULayer)
+        return final.last_states(x_TD, batch)

@@ -43,7 +43,11 @@ constexpr int64_t kCopies = 4;    // histograms side by side, so that runs of on
 // Mirrors `_Problem` in cpu.py field by field; every field is 8 bytes wide. Pointers may be null where optional.
 struct Problem {
   const void *q, *k, *v, *scales, *position_weights, *time_weights;
-  const int64_t *offsets, *query_times, *key_times, *num_targets, *row_keys, *query_rows, *thresholds;
+  const int64_t *offsets, *query_times, *key_times, *num_targets, *row_keys, *thresholds;
+  // Null where queries and keys are the same rows. Otherwise, of jagged row b: its queries are [q_offsets[b],
+  // q_offsets[b + 1]), the last of row_lengths[b] positions; its keys are key_counts[b] from offsets[b] on, the first of
+  // them at position key_origins[b].
+  const int64_t *q_offsets, *row_lengths, *key_counts, *key_origins;
   void* out;
   const void* grad_out;
   void *grad_q, *grad_k, *grad_v, *grad_position, *grad_time;
@@ -53,10 +57,23 @@ struct Problem {
   int64_t max_seq_len, position_heads, time_heads, num_buckets;
   int64_t max_attn_len, contextual_seq_len, min_full_attn_seq_len;
   int64_t dropout, dropout_threshold, dropout_seed, threads;
+  int64_t accumulate;  // add to `out`
   double alpha, scale, dropout_factor;
 };
 
-enum Status : int64_t { kOk = 0, kBadOffsets = 1, kRowTooLong = 2, kBadQueryRows = 3 };
+enum Status : int64_t { kOk = 0, kBadOffsets = 1, kRowTooLong = 2, kBadRows = 3 };
+
+int64_t key_count(const Problem& p, int64_t row) {
+  return p.key_counts != nullptr ? p.key_counts[row] : p.offsets[row + 1] - p.offsets[row];
+}
+
+int64_t row_length(const Problem& p, int64_t row) {
+  return p.row_lengths != nullptr ? p.row_lengths[row] : p.offsets[row + 1] - p.offsets[row];
+}
+
+int64_t first_query(const Problem& p, int64_t row) { return (p.q_offsets != nullptr ? p.q_offsets : p.offsets)[row]; }
+
+int64_t query_count(const Problem& p, int64_t row) { return first_query(p, row + 1) - first_query(p, row); }
 
 // Keys one query sees: [low, high), and itself where that lies outside (own >= 0).
 struct Span {
@@ -103,33 +120,6 @@ class Mask {
 struct Task {
   int64_t row, head, first, count;  // queries [first, first + count) of the row's own, in order of position
   int64_t cost;
-};
-
-// Queries of every jagged row, in order of position: `flat` indexes q and out, `position` is that in the row.
-class QueryPlan {
- public:
-  explicit QueryPlan(const Problem& p) : offsets_(p.offsets), starts_(p.offsets), rows_(p.query_rows) {
-    if (rows_ == nullptr) return;
-    order_.resize(p.queries);
-    std::iota(order_.begin(), order_.end(), int64_t{0});
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return rows_[a] < rows_[b]; });
-    own_starts_.resize(p.batch + 1);
-    for (int64_t b = 0; b <= p.batch; ++b) {
-      const auto before = [&](int64_t query, int64_t offset) { return rows_[query] < offset; };
-      own_starts_[b] = std::lower_bound(order_.begin(), order_.end(), p.offsets[b], before) - order_.begin();
-    }
-    starts_ = own_starts_.data();
-  }
-
-  int64_t count(int64_t row) const { return starts_[row + 1] - starts_[row]; }
-  int64_t flat(int64_t row, int64_t i) const { return rows_ == nullptr ? starts_[row] + i : order_[starts_[row] + i]; }
-  int64_t position(int64_t row, int64_t i) const {
-    return rows_ == nullptr ? i : rows_[order_[starts_[row] + i]] - offsets_[row];
-  }
-
- private:
-  const int64_t *offsets_, *starts_, *rows_;
-  std::vector<int64_t> order_, own_starts_;
 };
 
 // Memory of one thread, handed out in pieces that start at a cache line.
@@ -218,8 +208,7 @@ void activate_backward(int64_t count, T alpha, const T* __restrict bias, const T
 template <class T>
 class Worker {
  public:
-  Worker(const Problem& p, const QueryPlan& plan, const Buckets& buckets, int64_t longest, bool backward)
-      : p_(p), plan_(plan), bucket_of_(buckets) {
+  Worker(const Problem& p, const Buckets& buckets, int64_t longest, bool backward) : p_(p), bucket_of_(buckets) {
     const int64_t padded = ceil_div(longest, kPanel) * kPanel;
     key_columns_ = arena_.take<T>(padded * p.key_dim);
     times_ = arena_.take<int32_t>(padded + Buckets::kPadding);
@@ -271,7 +260,8 @@ class Worker {
         });
       }
       for (int64_t i = 0; i < tile_rows_; ++i) {
-        gr::unpack(out_ + i * kPanel, kQueries, 1, p_.value_dim, T(1), output_of(i), 0);
+        if (!p_.accumulate) std::fill_n(output_of(i), p_.value_dim, T(0));
+        gr::add_unpacked(out_ + i * kPanel, kQueries, p_.value_dim, output_of(i));
       }
     }
   }
@@ -326,7 +316,8 @@ class Worker {
   void begin(const Task& task) {
     row_ = task.row;
     head_ = task.head;
-    length_ = p_.offsets[row_ + 1] - p_.offsets[row_];
+    length_ = key_count(p_, row_);
+    origin_ = p_.key_origins != nullptr ? p_.key_origins[row_] : 0;
     scale_ = p_.scales != nullptr ? static_cast<const T*>(p_.scales)[row_] : T(p_.scale);
     positions_table_ = table_of(p_.position_weights, p_.position_heads, 2 * p_.max_seq_len - 1);
     times_table_ = table_of(p_.time_weights, p_.time_heads, p_.num_buckets + 1);
@@ -344,7 +335,7 @@ class Worker {
     const T* keys = row_of(p_.k, p_.k_stride, p_.key_dim);
     const T* values = row_of(p_.v, p_.v_stride, p_.value_dim);
     load_queries(task, task.first);
-    for (int64_t i = 0; i < tile_rows_; ++i) std::fill_n(output_of(i), p_.value_dim, T(0));
+    for (int64_t i = 0; i < tile_rows_ && !p_.accumulate; ++i) std::fill_n(output_of(i), p_.value_dim, T(0));
     for (int64_t key = 0; key < length_; key += kKeys) {
       if (!enter_tile(key)) continue;
       for (int64_t i = 0; i < tile_rows_; ++i) {
@@ -371,16 +362,15 @@ class Worker {
 
   // Times of the row as 32-bit distances from its earliest, where all of them fit.
   void begin_times(const Task& task) {
-    const int64_t* times = p_.key_times + p_.offsets[row_];
-    int64_t low = times[0], high = times[0];
+    const int64_t *times = p_.key_times + p_.offsets[row_], *query_times = p_.query_times + first_query(p_, row_);
+    int64_t low = query_times[task.first], high = low;
     for (int64_t j = 0; j < length_; ++j) {
       low = std::min(low, times[j]);
       high = std::max(high, times[j]);
     }
     for (int64_t i = task.first; i < task.first + task.count; ++i) {
-      const int64_t time = p_.query_times[plan_.flat(row_, i)];
-      low = std::min(low, time);
-      high = std::max(high, time);
+      low = std::min(low, query_times[i]);
+      high = std::max(high, query_times[i]);
     }
     earliest_ = low;
     times_are_small_ = static_cast<uint64_t>(high) - static_cast<uint64_t>(low) < INT32_MAX;
@@ -389,20 +379,29 @@ class Worker {
   }
 
   void load_queries(const Task& task, int64_t first) {
-    const Mask mask(p_, row_, length_);
+    const int64_t row_length = ::row_length(p_, row_), before = row_length - query_count(p_, row_);
+    const Mask mask(p_, row_, row_length);
     tile_rows_ = std::min(kQueries, task.first + task.count - first);
     for (int64_t i = 0; i < tile_rows_; ++i) {
-      flat_[i] = plan_.flat(row_, first + i);
-      position_[i] = plan_.position(row_, first + i);
-      span_[i] = mask(position_[i]);
+      flat_[i] = first_query(p_, row_) + first + i;
+      position_[i] = before + first + i;
+      span_[i] = among_keys(mask(position_[i]));
       const T* source = static_cast<const T*>(p_.q) + flat_[i] * p_.q_stride + head_ * p_.key_dim;
       std::copy_n(source, p_.key_dim, queries_ + i * p_.key_dim);
       if (p_.dropout) {
-        const int64_t own = p_.query_rows != nullptr ? p_.query_rows[flat_[i]] : flat_[i];
-        const int64_t key = p_.row_keys != nullptr ? p_.row_keys[flat_[i]] : own;
+        const int64_t key = p_.row_keys != nullptr ? p_.row_keys[flat_[i]] : flat_[i];
         token_[i] = gr::token_hash(static_cast<uint64_t>(p_.dropout_seed), static_cast<uint64_t>(key));
       }
     }
+  }
+
+  // A span of positions as one of this row's keys, which start at position origin_.
+  Span among_keys(Span span) const {
+    const int64_t own = span.own - origin_;
+    span.low = std::clamp<int64_t>(span.low - origin_, 0, length_);
+    span.high = std::clamp<int64_t>(span.high - origin_, span.low, length_);
+    span.own = span.own >= 0 && own >= 0 && own < length_ ? own : -1;
+    return span;
   }
 
   // Which keys of [key, key + kKeys) each block of queries needs; false where none does.
@@ -475,7 +474,7 @@ class Worker {
   void prepare(int64_t i, int64_t low, int64_t high) {
     const int64_t count = high - low, key = tile_key_ + low;
     if (positions_table_ != nullptr) {
-      std::copy_n(positions_table_ + p_.max_seq_len - 1 + key - position_[i], count, bias_);
+      std::copy_n(positions_table_ + p_.max_seq_len - 1 + origin_ + key - position_[i], count, bias_);
     } else {
       std::fill_n(bias_, count, T(0));
     }
@@ -491,7 +490,7 @@ class Worker {
     }
     if (p_.dropout) {
       const T kept = scale_ * T(p_.dropout_factor);
-      const uint32_t lane = static_cast<uint32_t>(head_ * p_.max_seq_len + key);
+      const uint32_t lane = static_cast<uint32_t>(head_ * p_.max_seq_len + origin_ + key);
       const uint32_t threshold = static_cast<uint32_t>(p_.dropout_threshold), token = token_[i];
       for (int64_t j = 0; j < count; ++j) {
         factor_[j] = gr::dropped(token, lane + static_cast<uint32_t>(j), threshold) ? T(0) : kept;
@@ -539,12 +538,11 @@ class Worker {
   }
 
   const Problem& p_;
-  const QueryPlan& plan_;
   const Buckets& bucket_of_;
   Arena arena_;
 
   // The task.
-  int64_t row_ = 0, head_ = 0, length_ = 0, earliest_ = 0;
+  int64_t row_ = 0, head_ = 0, length_ = 0, origin_ = 0, earliest_ = 0;
   bool times_are_small_ = false;
   T scale_ = T(0);
   const T *positions_table_ = nullptr, *times_table_ = nullptr;
@@ -566,27 +564,27 @@ class Worker {
 
 int64_t longest_row(const Problem& p) {
   int64_t longest = 0;
-  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, p.offsets[b + 1] - p.offsets[b]);
+  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, key_count(p, b));
   return longest;
 }
 
 Status check(const Problem& p) {
-  if (p.offsets[0] != 0 || p.offsets[p.batch] != p.total) return kBadOffsets;
   for (int64_t b = 0; b < p.batch; ++b) {
     if (p.offsets[b + 1] < p.offsets[b]) return kBadOffsets;
-    if (p.offsets[b + 1] - p.offsets[b] > p.max_seq_len) return kRowTooLong;
+    if (row_length(p, b) > p.max_seq_len) return kRowTooLong;
+    if (query_count(p, b) < 0 || query_count(p, b) > row_length(p, b)) return kBadRows;
+    if (key_count(p, b) < 0 || key_count(p, b) > p.offsets[b + 1] - p.offsets[b]) return kBadRows;
   }
-  for (int64_t i = 0; p.query_rows != nullptr && i < p.queries; ++i) {
-    if (p.query_rows[i] < 0 || p.query_rows[i] >= p.total) return kBadQueryRows;
-  }
+  if (p.offsets[0] != 0 || p.offsets[p.batch] != p.total) return kBadOffsets;
+  if (first_query(p, 0) != 0 || first_query(p, p.batch) != p.queries) return kBadRows;
   return kOk;
 }
 
 // Threads worth waking: one more for each stretch of work that takes longer than the waking.
-int thread_count(const Problem& p, int64_t tasks, const QueryPlan& plan) {
+int thread_count(const Problem& p, int64_t tasks) {
   constexpr int64_t kWorth = 1 << 19;
   int64_t pairs = 0;
-  for (int64_t b = 0; b < p.batch; ++b) pairs += plan.count(b) * (p.offsets[b + 1] - p.offsets[b]);
+  for (int64_t b = 0; b < p.batch; ++b) pairs += query_count(p, b) * key_count(p, b);
   const int64_t useful = 1 + pairs * p.heads * (p.key_dim + p.value_dim) / kWorth;
   return static_cast<int>(std::clamp<int64_t>(std::min(useful, tasks), 1, std::max<int64_t>(p.threads, 1)));
 }
@@ -595,11 +593,10 @@ template <class T>
 void forward(const Problem& p) {
   // Long rows are cut, so that a single one feeds every thread; packing its keys again is a small part of the work.
   constexpr int64_t kPiece = 8 * kQueries;
-  const QueryPlan plan(p);
   const Buckets buckets(p.thresholds, p.num_buckets);
   std::vector<Task> tasks;
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t count = plan.count(b), length = p.offsets[b + 1] - p.offsets[b];
+    const int64_t count = query_count(p, b), length = key_count(p, b);
     const int64_t piece = count == 0 ? 1 : ceil_div(ceil_div(count, ceil_div(count, kPiece)), kQueries) * kQueries;
     for (int64_t first = 0; first < count; first += piece) {
       const int64_t size = std::min(piece, count - first);
@@ -608,10 +605,10 @@ void forward(const Problem& p) {
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   const int64_t count = static_cast<int64_t>(tasks.size()), longest = longest_row(p);
-  const int threads = thread_count(p, count, plan);
+  const int threads = thread_count(p, count);
 #pragma omp parallel num_threads(threads)
   {
-    Worker<T> worker(p, plan, buckets, longest, false);
+    Worker<T> worker(p, buckets, longest, false);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < count; ++t) worker.forward(tasks[t]);
   }
@@ -640,11 +637,10 @@ void reduce(const Problem& p, const std::vector<double>& sums, int64_t chunk_siz
 
 template <class T>
 void backward(const Problem& p) {
-  const QueryPlan plan(p);
   const Buckets buckets(p.thresholds, p.num_buckets);
   std::vector<int64_t> order(p.batch);
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return plan.count(a) > plan.count(b); });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key_count(p, a) > key_count(p, b); });
   // Chunk (head, group) takes every groups-th row of the sorted order: equal work, and the longest rows first.
   const int64_t groups = std::max<int64_t>(1, std::min(p.batch, ceil_div(kChunks, p.heads)));
   const int64_t chunks = p.heads * groups;
@@ -652,17 +648,17 @@ void backward(const Problem& p) {
   const int64_t chunk_size = positions + (p.grad_time != nullptr ? (p.num_buckets + 1) * kCopies : 0);
   std::vector<double> sums(chunks * chunk_size);
   const int64_t longest = longest_row(p);
-  const int threads = thread_count(p, chunks, plan);
+  const int threads = thread_count(p, chunks);
 #pragma omp parallel num_threads(threads)
   {
-    Worker<T> worker(p, plan, buckets, longest, true);
+    Worker<T> worker(p, buckets, longest, true);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t head = c % p.heads, group = c / p.heads;
       double* own = sums.data() + (head * groups + group) * chunk_size;
       const TableSums tables{positions > 0 ? own : nullptr, p.grad_time != nullptr ? own + positions : nullptr};
       for (int64_t i = group; i < p.batch; i += groups) {
-        const int64_t row = order[i], length = plan.count(row);
+        const int64_t row = order[i], length = key_count(p, row);
         if (length > 0) worker.backward({row, head, 0, length, 0}, tables);
       }
     }

@@ -132,4 +132,11 @@ void unpack(const T* from, int64_t panel_rows, int64_t count, int64_t columns, T
   }
 }
 
+// Adds the first row of panels to a row of `columns`.
+template <class T>
+void add_unpacked(const T* from, int64_t panel_rows, int64_t columns, T* to) {
+  constexpr int64_t kPanel = Simd<T>::kPanel;
+  for (int64_t c = 0; c < columns; ++c) to[c] += from[c / kPanel * panel_rows * kPanel + c % kPanel];
+}
+
 }  // namespace gr

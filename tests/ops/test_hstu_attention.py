@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ops
-from ops.hstu_attention import cpu, hstu_attention, time_bucket, time_bucket_thresholds
-from ops.hstu_attention.reference import hstu_attention as reference_attention
+from ops.hstu_attention import cpu, gpu, hstu_attention, hstu_attention_cached, reference, time_bucket
+from ops.hstu_attention.arguments import Inputs, Settings
+from ops.hstu_attention.buckets import time_bucket_thresholds
+from ops.testing import LENGTHS, Place, assert_accurate, offsets_of, places
 
+PLACES = places(cpu.refuses)
+KERNELS = places(cpu.refuses, reference=False)
 needs_compiler = pytest.mark.skipif(cpu.refuses() is not None, reason="no C++ compiler")
 BUCKETS = 128
 NAMES = ("out", "q", "k", "v", "position_weights", "time_weights")
@@ -59,18 +63,39 @@ def make_case(
 
 
 def run(
-    inputs: list[Tensor], kwargs: dict[str, Any], grad: Tensor, backend: str, dtype: torch.dtype | None = None
+    inputs: list[Tensor],
+    kwargs: dict[str, Any],
+    grad: Tensor,
+    backend: str | Place,
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Output and every gradient by name, computed in `dtype`."""
+    """Output and every gradient by name, computed in `dtype`; the reference throughout in `compute_dtype`."""
+    place = backend if isinstance(backend, Place) else Place(backend)
+    inputs, kwargs, grad = place.put((inputs, kwargs, grad))
     tables = {name: kwargs[name] for name in NAMES[4:] if kwargs.get(name) is not None}
     leaves = {**dict(zip("qkv", inputs[:3], strict=True)), **tables}
     leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
     others = {**kwargs, **{name: leaves[name] for name in tables}}
     if isinstance(kwargs.get("scale"), Tensor) and dtype is not None:
         others["scale"] = kwargs["scale"].to(dtype)
-    out = hstu_attention(leaves["q"], leaves["k"], leaves["v"], inputs[3], **others, backend=backend)
+    arguments = (leaves["q"], leaves["k"], leaves["v"], inputs[3])
+    if compute_dtype is None:
+        out = hstu_attention(*arguments, **others, backend=place.backend)
+    else:
+        out = in_one_dtype(*arguments, others, compute_dtype)
     grads = torch.autograd.grad(out, tuple(leaves.values()), grad.to(out.dtype))
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def in_one_dtype(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, options: dict[str, Any], dtype: torch.dtype
+) -> Tensor:
+    """What ordinary PyTorch makes of the formula in this type."""
+    fields = {**options, "scales": options.get("scale")}
+    settings = {name: options[name] for name in Settings._fields if name in options and name != "scale"}
+    x = Inputs(q, k, v, *(fields.get(name) for name in Inputs._fields[3:]))._replace(offsets=offsets)
+    return reference.hstu_attention(x, Settings(**settings, scale=1 / options["max_seq_len"]), dtype)
 
 
 def mixed32(x: int) -> int:
@@ -187,7 +212,8 @@ def test_equals_scalar_loops(backend: str, case: tuple[list[Tensor], dict[str, A
             torch.testing.assert_close(actual[name], wanted, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
-LENGTHS = {
+# Longer than a tile of the C++ kernel.
+LONG = {
     "mixed": [7, 0, 113, 1, 48, 97],
     "one row": [131],
     "all equal": [49, 49, 49],
@@ -200,7 +226,7 @@ LENGTHS = {
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dims", [(1, 50, 50), (2, 25, 25), (4, 16, 8), (2, 8, 17)], ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("lengths", LONG.values(), ids=LONG)
 def test_cpu_equals_reference(lengths: list[int], dims: tuple[int, int, int], dtype: torch.dtype) -> None:
     inputs, kwargs, grad = make_case(lengths, *dims, dtype=dtype, alpha=0.4)
     exact = run(inputs, kwargs, grad, "reference", torch.float64)
@@ -252,9 +278,9 @@ def test_cpu_time_ranges(time_range: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@needs_compiler
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("shift", [0, 2**33])
-def test_cpu_buckets_at_every_threshold(shift: int) -> None:
+def test_buckets_at_every_threshold(place: Place, shift: int) -> None:
     """A row of keys just below, at and above each threshold; value one-hot by key, so that weights are read off."""
     edges = torch.cat([time_bucket_thresholds(BUCKETS) + d for d in (-2, -1, 0, 1, 2)])
     gaps = edges[edges < 2**31 - 2] if shift == 0 else edges
@@ -263,22 +289,17 @@ def test_cpu_buckets_at_every_threshold(shift: int) -> None:
     times = torch.cat([-gaps, torch.zeros(1, dtype=torch.int64)])
     times[0] -= shift
     weights = torch.arange(1.0, BUCKETS + 2)
-    zeros, last = torch.zeros(n, 1, 1), torch.tensor([n - 1])
-    out = hstu_attention(
-        zeros[-1:],
-        zeros,
-        torch.eye(n)[:, None, :],
-        torch.tensor([0, n]),
-        max_seq_len=n,
-        scale=1.0,
-        time_weights=weights,
-        query_times=torch.zeros(1, dtype=torch.int64),
-        key_times=times,
-        query_rows=last,
-        backend="cpu",
-    )
+    zeros = torch.zeros(n, 1, 1)
+    now = torch.zeros(1, dtype=torch.int64)
     z = weights[time_bucket(-times, BUCKETS)]
-    torch.testing.assert_close(out[0, 0], z * torch.sigmoid(z))
+    for values in torch.eye(n).split(256, dim=1):
+        arguments = (zeros[-1:], torch.tensor([0, 1]), zeros, values[:, None], torch.tensor([0, n]))
+        options = {"time_weights": weights, "query_times": now, "cache_times": times}
+        out = hstu_attention_cached(
+            *place.put(arguments), **place.put(options), max_seq_len=n, scale=1.0, backend=place.backend
+        )
+        wanted = values.T @ (z * torch.sigmoid(z))
+        torch.testing.assert_close(out[0, 0].cpu(), wanted)
 
 
 @needs_compiler
@@ -330,20 +351,228 @@ def test_gradcheck_cpu(dropout_rate: float) -> None:
     assert torch.autograd.gradcheck(attention, leaves)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_compiler)])
-def test_query_rows_are_rows_of_the_whole(backend: str) -> None:
-    options = {"num_targets": torch.tensor([2, 0, 0, 30, 1]), "contextual_seq_len": 2, "max_attn_len": 50}
-    inputs, kwargs, _ = make_case([9, 0, 1, 140, 60], 2, 8, 5, dropout_rate=0.2, scale=torch.rand(5), **options)
+def cached_run(
+    inputs: list[Tensor],
+    kwargs: dict[str, Any],
+    counts: list[int],
+    place: Place,
+    *,
+    split: bool,
+    room: int = 0,
+    **more: Any,
+) -> Tensor:
+    """Attention of the last `counts` positions of each row: with all keys cached, or (`split`) their own passed apart.
+
+    The cache has `room` unused entries, NaN, behind each row.
+    """
     q, k, v, offsets = inputs
-    whole = hstu_attention(q, k, v, offsets, **kwargs, backend=backend)
-    rows = torch.tensor([209, 8, 9, 149, 148, 10, 60, 61, 62, 63, 64, 65, 66, 0, 8])
-    times = kwargs.pop("query_times")
-    part = hstu_attention(q[rows], k, v, offsets, **kwargs, query_times=times[rows], query_rows=rows, backend=backend)
-    torch.testing.assert_close(part, whole[rows], rtol=1e-12, atol=1e-14)
-    none = hstu_attention(
-        *(q[:0], k, v, offsets), **kwargs, query_times=times[:0], query_rows=rows[:0], backend=backend
+    lengths, new = offsets.diff(), torch.tensor(counts)
+    known = lengths - new if split else lengths
+    rows = torch.cat([torch.arange(o - c, o) for o, c in zip(offsets[1:].tolist(), counts, strict=True)])
+    cache_offsets = offsets_of((known + room).tolist())
+
+    def cache(values: Tensor) -> Tensor:
+        blank = math.nan if values.is_floating_point() else 77
+        filled = values.new_full((int(cache_offsets[-1]), *values.shape[1:]), blank)
+        for start, place, count in zip(offsets.tolist(), cache_offsets.tolist(), known.tolist(), strict=False):
+            filled[place : place + count] = values[start : start + count]
+        return filled
+
+    arguments: dict[str, Any] = {name: x for name, x in kwargs.items() if not name.endswith("_times")}
+    if "query_times" in kwargs:
+        arguments["query_times"] = kwargs["query_times"][rows]
+        arguments["cache_times"] = cache(kwargs["key_times"])
+        arguments["key_times"] = kwargs["key_times"][rows] if split else None
+    if split:
+        arguments |= {"k_QHK": k[rows], "v_QHV": v[rows]}
+    if room:
+        arguments["cache_lengths"] = known
+    positional = (q[rows], offsets_of(counts), cache(k), cache(v), cache_offsets)
+    out = hstu_attention_cached(*place.put(positional), **place.put(arguments), **more, backend=place.backend)
+    return out.cpu()
+
+
+CACHED = {
+    "causal": {},
+    "targets": {"num_targets": torch.tensor([2, 0, 0, 30, 1])},
+    "everything": {
+        "num_targets": torch.tensor([2, 0, 0, 30, 1]),
+        "contextual_seq_len": 2,
+        "max_attn_len": 40,
+        "min_full_attn_seq_len": 3,
+        "scale": torch.rand(5, generator=torch.Generator().manual_seed(2)),
+    },
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("counts", [[4, 0, 1, 31, 2], [1, 0, 1, 1, 1], [9, 0, 1, 80, 40], [0, 0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("options", CACHED.values(), ids=CACHED)
+def test_cached_rows_are_the_last_rows_of_the_whole(
+    place: Place, counts: list[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_SPLIT_KEYS", 30)
+    dtype = torch.float32 if place.backend == "triton" else torch.float64
+    inputs, kwargs, _ = make_case([9, 0, 1, 80, 40], 2, 8, 5, dtype=dtype, time="per_head", **options)
+    whole = hstu_attention(*inputs, **kwargs, backend="reference")
+    rows = torch.cat([torch.arange(o - c, o) for o, c in zip(inputs[3][1:].tolist(), counts, strict=True)])
+    tolerance = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
+    for split, room, more in ((False, 0, {}), (True, 3, {"max_queries": max(counts)})):
+        out = cached_run(inputs, kwargs, counts, place, split=split, room=room, **more)
+        torch.testing.assert_close(out, whole[rows], **tolerance)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_growing_a_cache_event_by_event_gives_the_whole(place: Place) -> None:
+    """Incremental inference: every row starts empty and grows by different counts, keys being added to the cache."""
+    inputs, kwargs, _ = make_case([12, 5, 20], 2, 4, 4, n=24, dtype=torch.float32)
+    q, k, v, offsets = inputs
+    whole = hstu_attention(*inputs, **kwargs, backend="reference")
+    known = torch.zeros(3, dtype=torch.int64)
+    k_cache, v_cache = (torch.full((3 * 24, 2, 4), math.nan) for _ in range(2))
+    times, room = torch.zeros(3 * 24, dtype=torch.int64), torch.arange(4) * 24
+    shared = {name: kwargs[name] for name in ("position_weights", "time_weights", "max_seq_len")}
+    for step in ([5, 0, 1], [0, 5, 1], [7, 0, 18]):
+        new = torch.tensor(step)
+        rows = torch.cat([torch.arange(offsets[b] + known[b], offsets[b] + known[b] + new[b]) for b in range(3)])
+        positional = (q[rows], offsets_of(step), k_cache, v_cache, room)
+        out = hstu_attention_cached(
+            *place.put(positional),
+            **place.put({**shared, "k_QHK": k[rows], "v_QHV": v[rows], "cache_lengths": known}),
+            **place.put({"query_times": kwargs["query_times"][rows], "key_times": kwargs["key_times"][rows]}),
+            cache_times=place.put(times),
+            backend=place.backend,
+        )
+        torch.testing.assert_close(out.cpu(), whole[rows], rtol=2e-5, atol=1e-6)
+        ends = torch.cat([torch.arange(int(known[b]), int(known[b] + new[b])) + 24 * b for b in range(3)])
+        k_cache[ends], v_cache[ends], times[ends] = k[rows], v[rows], kwargs["key_times"][rows]
+        known = known + new
+    assert known.tolist() == [12, 5, 20]
+
+
+# The mask and bias variants that a kernel compiles apart, one of each at least.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"position": None, "time": None},
+    "position": {"time": None},
+    "time per head": {"position": None, "time": "per_head"},
+    "shared tables, targets": {"num_targets": True},
+    "per head, window": {"position": "per_head", "time": "per_head", "max_attn_len": 9},
+    "context": {"contextual_seq_len": 5},
+    "everything": {
+        "position": "per_head",
+        "num_targets": True,
+        "max_attn_len": 6,
+        "contextual_seq_len": 3,
+        "min_full_attn_seq_len": 4,
+        "dropout_rate": 0.3,
+        "dropout_seed": 2**63 + 11,
+        "alpha": 0.4,
+    },
+}
+
+
+def variant_case(
+    lengths: list[int], dims: tuple[int, int, int], name: str, dtype: torch.dtype
+) -> tuple[list[Tensor], dict[str, Any], Tensor]:
+    options = dict(VARIANTS[name])
+    if options.pop("num_targets", False):
+        options["num_targets"] = torch.tensor([min(n // 3 + b, n) for b, n in enumerate(lengths)])
+    inputs, kwargs, grad = make_case(lengths, *dims, n=max([*lengths, 1]) + 3, dtype=dtype, **options)
+    if dtype != torch.float32:
+        # As a model keeps them: tables in float32 beside activations in half precision.
+        kwargs = {key: x.float() if key in NAMES[4:] else x for key, x in kwargs.items()}
+    return inputs, kwargs, grad
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("lengths", [[7, 0, 33, 1, 40], [50]], ids=str)
+def test_triton_variants(place: Place, name: str, lengths: list[int]) -> None:
+    inputs, kwargs, grad = variant_case(lengths, (2, 8, 5), name, torch.float32)
+    exact = run(inputs, kwargs, grad, "reference", torch.float64)
+    plain = run(inputs, kwargs, grad, "reference")
+    assert_accurate(run(inputs, kwargs, grad, place), plain, exact)
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_triton_lengths(place: Place, lengths: list[int]) -> None:
+    inputs, kwargs, grad = variant_case(lengths, (1, 16, 16), "shared tables, targets", torch.float32)
+    exact = run(inputs, kwargs, grad, "reference", torch.float64)
+    assert_accurate(run(inputs, kwargs, grad, place), run(inputs, kwargs, grad, "reference"), exact)
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dims", [(1, 50, 50), (2, 25, 25), (1, 16, 64), (1, 128, 100), (1, 256, 17)], ids=str)
+def test_triton_dims_and_dtypes(place: Place, dims: tuple[int, int, int], dtype: torch.dtype) -> None:
+    inputs, kwargs, grad = variant_case([21, 34], dims, "position", dtype)
+    kwargs["alpha"] = dims[1] ** -0.5
+    exact = run(inputs, kwargs, grad, "reference", torch.float64)
+    plain = run(inputs, kwargs, grad, "reference", compute_dtype=dtype)
+    # A table's gradient is summed from scores of half precision.
+    assert_accurate(run(inputs, kwargs, grad, place), plain, exact, precision=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dims", [(4, 128, 128), (2, 25, 25)], ids=str)
+def test_triton_at_size(dims: tuple[int, int, int], name: str, dtype: torch.dtype) -> None:
+    inputs, kwargs, grad = variant_case([700, 3, 0, 1025, 64], dims, name, dtype)
+    kwargs["alpha"] = dims[1] ** -0.5
+    place = Place("reference", "cuda")
+    exact = run(inputs, kwargs, grad, place, torch.float64)
+    plain = run(inputs, kwargs, grad, place, compute_dtype=dtype)
+    assert_accurate(run(inputs, kwargs, grad, Place("triton", "cuda")), plain, exact, precision=dtype)
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+def test_triton_time_ranges(place: Place) -> None:
+    for time_range in (3, 2**30, 2**62):
+        inputs, kwargs, grad = make_case([40, 4], 1, 8, 8, dtype=torch.float32, position=None, time_range=time_range)
+        inputs[0].zero_()
+        expected, actual = run(inputs, kwargs, grad, "reference"), run(inputs, kwargs, grad, place)
+        for name in ("out", "v", "time_weights"):
+            torch.testing.assert_close(actual[name].cpu(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+def test_triton_rows_past_max_seq_len_show(place: Place) -> None:
+    inputs, kwargs, _ = make_case([40, 4], 1, 8, 8, dtype=torch.float32, position=None, time=None)
+    kwargs["max_seq_len"] = 30
+    out = hstu_attention(*place.put(inputs), **kwargs, backend=place.backend)
+    assert out[30:40].isnan().all()
+    assert out[:30].isfinite().all()
+    assert out[40:].isfinite().all()
+
+
+@pytest.mark.parametrize("place", [p for p in KERNELS if p.id != "cpu"])
+def test_triton_order_of_rows_changes_no_bit(place: Place) -> None:
+    inputs, kwargs, grad = make_case([7, 33, 0, 20], 1, 8, 8, dtype=torch.float32, position=None, time=None)
+    first, second = (run(inputs, {**kwargs, "sort_by_length": x}, grad, place) for x in (True, False))
+    for name in ("out", "q", "k", "v"):
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("place", KERNELS)
+def test_operators_are_registered_soundly(place: Place) -> None:
+    dtype = torch.float32
+    inputs, kwargs, _ = make_case([3, 0, 5], 1, 4, 4, dtype=dtype, num_targets=torch.tensor([1, 0, 2]))
+    q, k, v, offsets = place.put(inputs)
+    tables = [place.put(kwargs[name]) for name in NAMES[4:]]
+    times = [place.put(kwargs[name]) for name in ("query_times", "key_times", "num_targets")]
+    leaves = [x.requires_grad_() for x in (q, k, v, *tables)]
+    settings = Settings(max_seq_len=5, scale=0.2).packed()
+    triton = place.backend == "triton"
+    torch.library.opcheck(
+        torch.ops.gr.hstu_attention.default, (*leaves, offsets, *times, None, None, *settings, triton)
     )
-    assert none.shape == (0, 2, 5)
+    settings = Settings(max_seq_len=5, scale=0.2, max_queries=5).packed()
+    with torch.no_grad():
+        plain = [x.detach() for x in leaves]
+        cached = (*plain[:3], None, None, *plain[3:], offsets, offsets, None, times[0], times[1], None, times[2], None)
+        torch.library.opcheck(torch.ops.gr.hstu_attention_cached.default, (*cached, *settings, triton))
 
 
 @needs_compiler
@@ -423,14 +652,14 @@ def test_nan_and_infinity_stay_visible() -> None:
 def test_large_scores_saturate() -> None:
     scores = torch.tensor([-1e30, -200.0, -88.0, -20.0, 0.0, 20.0, 88.0, 200.0, 1e30])
     n = scores.shape[0]
-    out = hstu_attention(
+    out = hstu_attention_cached(
         torch.ones(1, 1, 1),
+        torch.tensor([0, 1]),
         scores[:, None, None],
         torch.eye(n)[:, None],
         torch.tensor([0, n]),
         max_seq_len=n,
         scale=1.0,
-        query_rows=torch.tensor([n - 1]),
         backend="cpu",
     )
     torch.testing.assert_close(out[0, 0, 1:], scores[1:] * torch.sigmoid(scores[1:]), rtol=1e-6, atol=1e-30)
@@ -505,23 +734,40 @@ def test_bad_arguments_are_named(name: str, backend: str) -> None:
     assert "got" in str(caught.value)
 
 
-def test_query_rows_refuse_gradients() -> None:
+def test_cached_attention_refuses_what_it_cannot_do() -> None:
     inputs, kwargs, _ = make_case([5, 3], time=None)
-    with pytest.raises(ValueError, match="query_rows"):
-        hstu_attention(inputs[0][:1].requires_grad_(), *inputs[1:], **kwargs, query_rows=torch.tensor([2]))
+    q, k, v, offsets = inputs
+    counts = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match="forward only"):
+        hstu_attention_cached(q[:2].clone().requires_grad_(), counts, k, v, offsets, **kwargs)
+    with pytest.raises(ValueError, match="both or neither"):
+        hstu_attention_cached(q[:2], counts, k, v, offsets, **kwargs, k_QHK=k[:2])
+    with pytest.raises(ValueError, match="rows of q_offsets"):
+        hstu_attention_cached(q[:2], counts, k, v, offsets[:2], **kwargs)
+    with pytest.raises(ValueError, match="a missing time"):
+        hstu_attention_cached(q[:2], counts, k, v, offsets, **kwargs, time_weights=torch.zeros(9, dtype=torch.float64))
 
 
 @needs_compiler
-def test_query_rows_out_of_range() -> None:
-    inputs, kwargs, _ = make_case([5, 3], time=None)
-    with pytest.raises(ValueError, match="query_rows"):
-        hstu_attention(inputs[0][:1], *inputs[1:], **kwargs, query_rows=torch.tensor([8]), backend="cpu")
+def test_cached_attention_checks_counts_on_a_cpu() -> None:
+    inputs, kwargs, _ = make_case([5, 3], n=10, time=None, position=None)
+    q, k, v, offsets = inputs
+    for counts, lengths in (([6, 0], None), ([-1, 3], None), ([1, 1], [6, 3]), ([1, 1], [0, 3])):
+        q_offsets = torch.tensor([0, *counts]).cumsum(0)
+        rows = q[: int(q_offsets[-1])]
+        lengths_B = None if lengths is None else torch.tensor(lengths)
+        with pytest.raises(ValueError, match="q_offsets or cache_lengths"):
+            hstu_attention_cached(rows, q_offsets, k, v, offsets, **kwargs, cache_lengths=lengths_B, backend="cpu")
+    with pytest.raises(ValueError, match="max_seq_len"):
+        hstu_attention_cached(
+            *(q[:2], torch.tensor([0, 1, 2]), k, v, offsets), max_seq_len=5, k_QHK=k[:2], v_QHV=v[:2], backend="cpu"
+        )
 
 
 @needs_compiler
 def test_auto_takes_the_kernel() -> None:
     inputs, kwargs, _ = make_case([12, 30])
-    expected = reference_attention(*inputs, **kwargs)
+    expected = hstu_attention(*inputs, **kwargs, backend="reference")
     chosen, forced = hstu_attention(*inputs, **kwargs), hstu_attention(*inputs, **kwargs, backend="cpu")
     assert torch.equal(chosen, forced)
     torch.testing.assert_close(chosen, expected)
