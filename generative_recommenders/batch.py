@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ops import jagged
+
 
 @dataclass(frozen=True)
 class SequenceBatch:
@@ -45,14 +47,11 @@ class SequenceBatch:
 
     def rows_T(self) -> Tensor:
         """Row of each token, (T,)."""
-        return torch.repeat_interleave(
-            torch.arange(self.size, device=self.offsets.device), self.lengths_B, output_size=self.item_ids_T.numel()
-        )
+        return jagged.rows(self.offsets, self.item_ids_T.numel())
 
     def positions_T(self) -> Tensor:
         """Place of each token in its row, oldest 0, (T,)."""
-        tokens = torch.arange(self.item_ids_T.numel(), device=self.offsets.device)
-        return tokens - self.offsets[:-1].repeat_interleave(self.lengths_B, output_size=tokens.numel())
+        return jagged.positions(self.offsets, self.item_ids_T.numel())
 
     def to(self, device: torch.device | str) -> SequenceBatch:
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}

@@ -25,7 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import ops
-from benchmarks.e2e.train_throughput import append, timed, train_step
+from benchmarks.e2e.train_throughput import train_step
+from benchmarks.harness import RESULTS
+from benchmarks.measuring import append, elapsed, provenance
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
 from generative_recommenders.data.dataset import PreparedDataset
@@ -35,9 +37,7 @@ from generative_recommenders.retrieval.assemble import Plan, Splits, build_model
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.similarity.dot import DotProduct
 from generative_recommenders.training.optim import adamw
-from generative_recommenders.training.reporting import environment
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "full_softmax.csv"
 CONFIG = "configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
 
 
@@ -64,7 +64,7 @@ VARIANTS = {
 def movielens_steps(data_dir: str, steps: int) -> dict[str, float]:
     """Median milliseconds of a training step by variant; the variants take turns on every batch."""
     dataset = PreparedDataset.load(data_dir, "ml-1m")
-    models, seconds, batches = {}, {name: [] for name in VARIANTS}, []
+    models, milliseconds, batches = {}, {name: [] for name in VARIANTS}, []
     for name, (bindings, _) in VARIANTS.items():
         plan = Plan.of(load([CONFIG], bindings))
         splits = Splits.of(plan.experiment, dataset)
@@ -75,8 +75,8 @@ def movielens_steps(data_dir: str, steps: int) -> dict[str, float]:
         for name, (_, loss) in VARIANTS.items():
             model, optimizer = models[name]
             step = partial(train_step, partial(loss, model, batch, number), optimizer)
-            seconds[name] += timed([step], 0, torch.device("cpu"))
-    return {f"{name}_ms": statistics.median(values[2:]) * 1e3 for name, values in seconds.items()}
+            milliseconds[name] += elapsed([step], torch.device("cpu"))
+    return {f"{name}_ms": statistics.median(values[2:]) for name, values in milliseconds.items()}
 
 
 def million_items() -> None:
@@ -113,10 +113,10 @@ def main() -> int:
     done = subprocess.run([sys.executable, __file__, "--million_items"], capture_output=True, text=True, check=True)
     peak, seconds, _ = done.stdout.split()
     row |= {"million_items_peak_mb": float(peak), "million_items_step_s": float(seconds)}
-    row |= environment(torch.device("cpu")) | {"date": time.strftime("%Y-%m-%d")}
+    row |= provenance(torch.device("cpu"))
     for name, value in row.items():
         sys.stdout.write(f"{name:22} {value}\n")
-    append(RESULTS, row)
+    append(RESULTS / "full_softmax.csv", [row])
     return 0
 
 

@@ -25,9 +25,9 @@ _MAX_K = 2500
 def padded(values_T: Tensor, batch: SequenceBatch, length: int, last: Tensor | None = None) -> Tensor:
     """Rows of a batch right-padded with zeros to `length`; `last` (B,) is written after each row's end."""
     out = values_T.new_zeros(batch.size, length)
-    out[torch.arange(length) < batch.lengths_B[:, None]] = values_T
+    out[torch.arange(length, device=out.device) < batch.lengths_B[:, None]] = values_T
     if last is not None:
-        out[torch.arange(batch.size), batch.lengths_B] = last.to(out.dtype)
+        out[torch.arange(batch.size, device=out.device), batch.lengths_B] = last.to(out.dtype)
     return out
 
 
@@ -44,16 +44,16 @@ class NaivePadded:
         n, dim = self.length, self.config.item_embedding_dim
         ids = padded(batch.item_ids_T, batch, n, batch.target_ids_B if training else None)
         times = padded(batch.timestamps_T, batch, n, batch.target_timestamps_B)
-        valid = (torch.arange(n) < batch.lengths_B[:, None])[..., None]
+        place = torch.arange(n, device=ids.device)
+        valid = (place < batch.lengths_B[:, None])[..., None]
         table, positions = self.model.items.table, self.encoder.input.position_embedding
         x = F.embedding(ids, table) * math.sqrt(dim) + positions[None, :n]
         x = F.dropout(x, self.config.dropout_rate, training) * valid
-        place = torch.arange(n)
         relative = n - 1 + place[None, :] - place[:, None]
         following = torch.cat([times[:, 1:], times[:, -1:]], dim=1)
         elapsed = (following[:, :, None] - times[:, None, :]).abs().clamp(min=1)
         buckets = (elapsed.float().log() / 0.301).long().clamp(0, 128)
-        causal = torch.ones(n, n).tril()
+        causal = table.new_ones(n, n).tril()
         for layer in self.encoder.layers:
             c = layer.config
             h = c.num_heads
@@ -70,10 +70,11 @@ class NaivePadded:
 
     def loss(self, batch: SequenceBatch) -> Tensor:
         """Sampled softmax over gathered negatives, all materialized."""
-        valid = torch.arange(self.length) < batch.lengths_B[:, None]
-        queries = self.states(batch, training=True)[valid]
+        states = self.states(batch, training=True)
+        queries = states[torch.arange(self.length, device=states.device) < batch.lengths_B[:, None]]
         catalog, table = self.model.catalog_X, self.model.items.table
-        negatives = catalog[torch.randint(0, catalog.numel(), (queries.shape[0], self.config.num_negatives))]
+        drawn = (queries.shape[0], self.config.num_negatives)
+        negatives = catalog[torch.randint(0, catalog.numel(), drawn, device=catalog.device)]
         positive = F.normalize(F.embedding(batch.next_item_ids_T, table), dim=-1, eps=1e-6)
         negative = F.normalize(F.embedding(negatives, table), dim=-1, eps=1e-6)
         positive_logits = (queries * positive).sum(-1, keepdim=True)
@@ -86,7 +87,7 @@ class NaivePadded:
     @torch.no_grad()
     def ranks(self, batch: SequenceBatch) -> Tensor:
         """Ranks of the targets from a sorted candidate list, (B,); a miss is 2,501."""
-        rows = torch.arange(batch.size)
+        rows = torch.arange(batch.size, device=batch.lengths_B.device)
         queries = self.states(batch, training=False)[rows, batch.lengths_B - 1]
         catalog = self.model.catalog_X
         items = F.normalize(self.model.items.table[catalog], dim=-1, eps=1e-6)

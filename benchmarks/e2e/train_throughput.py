@@ -9,11 +9,9 @@ ratios; appends a row to benchmarks/results/train_throughput.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.e2e.naive_padded import NaivePadded
+from benchmarks.harness import RESULTS
+from benchmarks.measuring import append, elapsed, provenance
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
 from generative_recommenders.data.dataset import PreparedDataset
@@ -36,22 +36,8 @@ from generative_recommenders.retrieval.assemble import (
     training_counts,
     training_loader,
 )
+from generative_recommenders.training.environment import peak_memory_mb
 from generative_recommenders.training.optim import adamw
-from generative_recommenders.training.reporting import environment
-
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "train_throughput.csv"
-
-
-def timed(steps: list[Callable[[], Any]], warmup: int, device: torch.device) -> list[float]:
-    seconds = []
-    for number, step in enumerate(steps):
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number >= warmup:
-            seconds.append(time.perf_counter() - started)
-    return seconds
 
 
 def train_step(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -67,10 +53,12 @@ def main() -> int:
     parser.add_argument("--data_dir", default="tmp")
     parser.add_argument("--steps", type=int, default=48, help="our steps; the naive version runs a sixth of them")
     parser.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the csv file")
     arguments = parser.parse_args()
     plan = Plan.of(load([arguments.gin_config_file], arguments.gin_bindings))
     dataset = PreparedDataset.load(arguments.data_dir, plan.experiment.dataset_name)
     splits = Splits.of(plan.experiment, dataset)
+    torch.backends.cuda.matmul.allow_tf32 = plan.experiment.enable_tf32
     with runtime() as here:
         counts = training_counts(dataset, splits.train.ignore_last_n)
         model = build_model(plan, dataset.catalog.item_ids, counts).to(here.device)
@@ -82,46 +70,37 @@ def main() -> int:
         def ours(batch: SequenceBatch, number: int) -> Callable[[], None]:
             return lambda: train_step(lambda: model(batch, number)[0], optimizer)
 
-        row: dict[str, Any] = {"config": arguments.gin_config_file, "batch": plan.experiment.local_batch_size}
-        step = statistics.median(timed([ours(b, i) for i, b in enumerate(batches)], 2, here.device))
-        passes = timed([lambda: list(itertools.islice(loader.epoch(0), arguments.steps))] * 4, 1, here.device)
-        collate = statistics.median(passes) / len(batches)
-        row |= {"step_ms": step * 1e3, "collate_ms": collate * 1e3, "epoch_s": (step + collate) * steps_an_epoch}
+        row: dict[str, Any] = {"config": arguments.gin_config_file, "dataset": plan.experiment.dataset_name}
+        row["batch"] = plan.experiment.local_batch_size
+        step = statistics.median(elapsed([ours(b, i) for i, b in enumerate(batches)], here.device)[2:])
+        row["peak_mb"] = peak_memory_mb(here.device)
+        passes = [lambda: list(itertools.islice(loader.epoch(0), arguments.steps))] * 4
+        collate = statistics.median(elapsed(passes, torch.device("cpu"))[1:]) / len(batches)
+        row |= {"step_ms": step, "collate_ms": collate, "epoch_s": (step + collate) * steps_an_epoch / 1e3}
 
         def evaluation() -> float:
             batches = evaluation_loader(plan, splits.test, 0, 1).epoch(0)
             return evaluate(model, batches, here).seconds
 
         row["eval_s"] = statistics.median([evaluation() for _ in range(4)][1:])
-        if arguments.naive and plan.experiment.main_module == "HSTU" and here.device.type == "cpu":
+        if arguments.naive and plan.experiment.main_module == "HSTU":
             naive = NaivePadded(model, plan.experiment)
             few = batches[: max(4, arguments.steps // 6)]
             steps = [lambda b=b: train_step(lambda: naive.loss(b), optimizer) for b in few]
-            row["naive_step_ms"] = statistics.median(timed(steps, 1, here.device)) * 1e3
+            row["naive_step_ms"] = statistics.median(elapsed(steps, here.device)[1:])
             held_out = evaluation_loader(plan, splits.test, 0, 1)
             users = list(itertools.islice(held_out.epoch(0), 5))
             model.eval()
-            seconds = statistics.median(timed([lambda b=b: naive.ranks(b) for b in users], 1, here.device))
-            row["naive_eval_s"] = seconds * len(splits.test) / users[0].size
+            users = [b.to(here.device) for b in users]
+            batch_ms = statistics.median(elapsed([lambda b=b: naive.ranks(b) for b in users], here.device)[1:])
+            row["naive_eval_s"] = batch_ms / 1e3 * len(splits.test) / users[0].size
             row["train_ratio"] = row["naive_step_ms"] / row["step_ms"]
             row["eval_ratio"] = row["naive_eval_s"] / row["eval_s"]
-        row |= environment(here.device) | {"date": time.strftime("%Y-%m-%d")}
+        row |= provenance(here.device)
     for name, value in row.items():
         sys.stdout.write(f"{name:16} {value:.3f}\n" if isinstance(value, float) else f"{name:16} {value}\n")
-    append(RESULTS, row)
+    append(arguments.results / "train_throughput.csv", [row])
     return 0
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a csv, widening its header where the row has new columns."""
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    rows.append({k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()})
-    columns = list(dict.fromkeys(name for r in rows for name in r))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

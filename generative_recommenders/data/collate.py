@@ -18,6 +18,7 @@ from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.data.dataset import PreparedDataset
+from ops import jagged
 from ops.random import fold, lane_bits, token_hash
 
 
@@ -91,7 +92,7 @@ class Split:
         seed = fold(self.thinning.seed, epoch)
         tokens_B = token_hash(seed, rows)
         events, offsets = _ranges(start, stop)
-        owner = torch.repeat_interleave(torch.arange(rows.numel()), offsets.diff())
+        owner = jagged.rows(offsets, events.numel())
         # Lane 0 belongs to the row itself (stochastic length), lane 1 + position to its events.
         bits = lane_bits(tokens_B[owner], events - start[owner] + 1)
         keep = bits < int(self.thinning.positional_sampling_ratio * 2**32)
@@ -106,7 +107,7 @@ class Split:
         limit = self._length_limits(tokens_B, kept - 1)
         history = (from_end >= 1) & (from_end <= limit[owner])
         lengths = torch.bincount(owner[history], minlength=rows.numel())
-        return events[history], _offsets(lengths), events[ends - 1]
+        return events[history], jagged.lengths_to_offsets(lengths), events[ends - 1]
 
     def _length_limits(self, tokens_B: Tensor, lengths: Tensor) -> Tensor:
         longest = torch.full_like(lengths, self.max_sequence_length)
@@ -120,12 +121,8 @@ class Split:
         return torch.where((lengths > threshold) & (draw >= keep_whole), threshold, longest)
 
 
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
 def _ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """The integers of all half-open ranges laid end to end, and their offsets."""
-    offsets = _offsets(stop - start)
+    offsets = jagged.lengths_to_offsets(stop - start)
     flat = torch.arange(int(offsets[-1])) + (start - offsets[:-1]).repeat_interleave(stop - start)
     return flat, offsets

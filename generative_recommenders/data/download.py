@@ -8,11 +8,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import write_failure
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,9 @@ def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
+        # Here, so that reading local files needs no package for progress bars.
+        from tqdm import tqdm
+
         # None hides the bar where stderr is no terminal.
         disable = None if progress else True
         with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=disable) as bar:
@@ -102,7 +107,7 @@ def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:
         raise ConnectionError(f"connection closed after {received} of {total} bytes")
 
 
-def _append(part: Path, chunks: Iterator[bytes], bar: tqdm, *, fresh: bool) -> None:
+def _append(part: Path, chunks: Iterator[bytes], bar: "tqdm", *, fresh: bool) -> None:
     """Write `chunks` to `part`; a failing disk is the user's to mend, a failing network is left to the next try."""
     try:
         file = part.open("wb" if fresh else "ab")

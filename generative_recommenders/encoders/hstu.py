@@ -38,10 +38,11 @@ from torch.utils.checkpoint import checkpoint
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import configurable
 from generative_recommenders.nn.attention import RowGroups, causal_attention
-from generative_recommenders.nn.dropout import Draws, KeyedDropout
+from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.nn.inputs import PositionalInput
 from generative_recommenders.nn.relative_bias import RelativeBias
 from ops.hstu_attention import hstu_attention, hstu_attention_cached
+from ops.norm_mul_dropout import norm_mul_dropout
 
 _EPS = 1e-6
 # Streams of randomness within a layer; layers are `_STREAMS_PER_LAYER` apart and the input has stream 0.
@@ -102,7 +103,7 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Parameter(torch.empty(dim, 2 * self.value_width + 2 * self.key_width))
         self.output = nn.Linear(self.value_width * (3 if config.concat_ua else 1), dim)
         self.bias = RelativeBias(num_positions) if config.enable_relative_attention_bias else None
-        self.dropout = KeyedDropout(config.linear_dropout_rate, first_stream)
+        self.linear_stream = first_stream
         self.attention_stream = first_stream + 1
         nn.init.normal_(self.uvqk, std=0.02)
         nn.init.xavier_uniform_(self.output.weight)
@@ -154,10 +155,24 @@ class HSTULayer(nn.Module):
         """Position and time weights of the bias."""
         return (None, None) if self.bias is None else (self.bias.position_weights, self.bias.time_weights)
 
+    def _drops(self, rate: float, stream: int, draws: Draws | None) -> tuple[float, int, Tensor | None]:
+        """Rate, seed and row keys of a fused op's dropout, which is off in evaluation and where nothing is drawn."""
+        if not self.training or rate == 0.0 or draws is None:
+            return 0.0, 0, None
+        return rate, draws.stream(stream), draws.keys_T
+
     def _output(self, x_TD: Tensor, u: Tensor, attended: Tensor, draws: Draws | None) -> Tensor:
-        y = F.layer_norm(attended, attended.shape[-1:], eps=_EPS)
-        gated = torch.cat([u, y, u * y], dim=-1) if self.config.concat_ua else u * y
-        return torch.addmm(x_TD, self.dropout(gated, draws), self.output.weight.T) + self.output.bias
+        rate, seed, keys_T = self._drops(self.config.linear_dropout_rate, self.linear_stream, draws)
+        gated = norm_mul_dropout(
+            attended,
+            u,
+            eps=_EPS,
+            output="concat_normed" if self.config.concat_ua else "product",
+            dropout_rate=rate,
+            dropout_seed=seed,
+            keys_T=keys_T,
+        )
+        return torch.addmm(x_TD, gated, self.output.weight.T) + self.output.bias
 
     def _project(self, normed: Tensor, parts: str) -> tuple[Tensor, ...]:
         widths = {"u": self.value_width, "v": self.value_width, "q": self.key_width, "k": self.key_width}
@@ -171,7 +186,7 @@ class HSTULayer(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None) -> Tensor:
         position_weights, time_weights = self._tables()
-        drop = self.training and self.config.attn_dropout_rate > 0.0 and draws is not None
+        rate, seed, row_keys = self._drops(self.config.attn_dropout_rate, self.attention_stream, draws)
         attended = hstu_attention(
             self._heads(q),
             self._heads(k),
@@ -182,9 +197,9 @@ class HSTULayer(nn.Module):
             time_weights=time_weights,
             query_times=batch.next_timestamps_T,
             key_times=batch.timestamps_T,
-            dropout_rate=self.config.attn_dropout_rate if drop else 0.0,
-            dropout_seed=draws.stream(self.attention_stream) if drop and draws is not None else 0,
-            row_keys=draws.keys_T if drop and draws is not None else None,
+            dropout_rate=rate,
+            dropout_seed=seed,
+            row_keys=row_keys,
         )
         return attended.flatten(1)
 

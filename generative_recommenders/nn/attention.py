@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generative_recommenders.nn.dropout import Draws
+from ops import jagged
 from ops.dropout import dropout
 
 _GROUP_TOKENS = 4096
@@ -121,13 +122,11 @@ def last_query_attention(q_BHK: Tensor, k_THK: Tensor, v_THV: Tensor, offsets: T
 
     What the last layer needs to predict the next item. Jagged throughout: a segment softmax over the tokens.
     """
-    rows = torch.repeat_interleave(
-        torch.arange(q_BHK.shape[0], device=offsets.device), offsets.diff(), output_size=k_THK.shape[0]
-    )
-    logits_TH = (q_BHK[rows] * k_THK).sum(-1) / math.sqrt(q_BHK.shape[-1])
-    index = rows[:, None].expand_as(logits_TH)
+    rows_T = jagged.rows(offsets, k_THK.shape[0])
+    logits_TH = (q_BHK[rows_T] * k_THK).sum(-1) / math.sqrt(q_BHK.shape[-1])
+    index = rows_T[:, None].expand_as(logits_TH)
     highest = torch.full_like(q_BHK[..., 0], -math.inf).scatter_reduce(0, index, logits_TH, "amax")
-    weights_TH = (logits_TH - highest[rows]).exp()
-    total = torch.zeros_like(highest).index_add(0, rows, weights_TH)
+    weights_TH = (logits_TH - highest[rows_T]).exp()
+    total = torch.zeros_like(highest).index_add(0, rows_T, weights_TH)
     summed = torch.zeros(*total.shape, v_THV.shape[-1], dtype=v_THV.dtype, device=v_THV.device)
-    return summed.index_add(0, rows, weights_TH[..., None] * v_THV) / total.clamp(min=1e-30)[..., None]
+    return summed.index_add(0, rows_T, weights_TH[..., None] * v_THV) / total.clamp(min=1e-30)[..., None]

@@ -27,8 +27,7 @@ class Draws:
 
     @classmethod
     def of(cls, batch: SequenceBatch, seed: int) -> Draws:
-        rows = batch.row_numbers_B.repeat_interleave(batch.lengths_B, output_size=batch.item_ids_T.numel())
-        return cls(seed, rows * _MAX_POSITIONS + batch.positions_T())
+        return cls(seed, batch.row_numbers_B[batch.rows_T()] * _MAX_POSITIONS + batch.positions_T())
 
     def stream(self, name: int) -> int:
         """A seed for one consumer; consumers with different numbers draw independently."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
 from generative_recommenders.nn.embeddings import ItemEmbedding
+from ops.position_embedding import position_embedding
 
 
 class PositionalInput(nn.Module):
@@ -33,7 +33,7 @@ class PositionalInput(nn.Module):
     def forward(self, batch: SequenceBatch, items: ItemEmbedding, draws: Draws | None) -> Tensor:
         """x_TD for every event of the batch."""
         embeddings_TD = items.lookup(batch.item_ids_T)
-        # An embedding lookup, not indexing: its backward adds in a fixed order on the CPU.
-        positions_TD = F.embedding(batch.positions_T(), self.position_embedding)
-        x_TD = torch.add(positions_TD, embeddings_TD, alpha=math.sqrt(items.dim))
+        x_TD = position_embedding(
+            embeddings_TD, batch.offsets, self.position_embedding, alpha=math.sqrt(items.dim), count_from="oldest"
+        )
         return self.dropout(x_TD, draws)

@@ -25,8 +25,9 @@ from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.retrieval import Evaluation
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointFolder, Progress
+from generative_recommenders.training.environment import peak_memory_mb
 from generative_recommenders.training.optim import adamw, warmed_up
-from generative_recommenders.training.reporting import Reporter, peak_memory_mb
+from generative_recommenders.training.reporting import Reporter
 from generative_recommenders.training.task import Settings, Task
 from ops.random import fold
 

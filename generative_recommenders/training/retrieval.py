@@ -29,8 +29,9 @@ from generative_recommenders.retrieval.assemble import (
 )
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError, Progress, disk_error
+from generative_recommenders.training.environment import environment
 from generative_recommenders.training.loop import Trainer
-from generative_recommenders.training.reporting import Reporter, environment
+from generative_recommenders.training.reporting import Reporter
 from generative_recommenders.training.runs import Run, choose_run, find_checkpoint, newest_run
 from generative_recommenders.training.task import Settings, Task
 

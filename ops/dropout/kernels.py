@@ -9,7 +9,7 @@ from ops.random.kernels import lane_bits, token_hash
 @triton.jit
 def is_dropped(tokens, lanes, threshold):
     """Which (token, lane) pairs fall below the threshold of `ops.random.drop_threshold`."""
-    return lane_bits(tokens, lanes).to(tl.int64) < threshold
+    return lane_bits(tokens, lanes) < tl.cast(threshold, tl.uint32)
 
 
 @triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold", "scale"])

@@ -314,14 +314,15 @@ def backward_bias(
             p = m * BLOCK_M + tl.arange(0, BLOCK_M)
             j = p - back * BLOCK_M
             x = load_queries(q, strides.q, first, p, 0, row, length, head, bias, mask, drop, tile, True)
-            key_rows = load_rows(keys.k, j, keys.k_stride, length, KEY_DIM, BLOCK_K, False)
-            value_rows = load_rows(keys.v, j, keys.v_stride, length, VALUE_DIM, BLOCK_V, False)
-            grads = load_rows(upstream, p, strides.grad_out, length, VALUE_DIM, BLOCK_V, False)
             key_times = 0
             if bias.time is not None:
                 key_times = tl.load(keys.times + j, mask=j < length, other=0)[None, :]
+            key_rows = load_rows(keys.k, j, keys.k_stride, length, KEY_DIM, BLOCK_K, False)
             products = product(x.q, tl.trans(key_rows), tile)
             z, buckets = scores(products, x.p, j[None, :], x.times, key_times, head, alpha, bias)
+            # Only now, as wide heads do not fit the registers four tiles at a time.
+            grads = load_rows(upstream, p, strides.grad_out, length, VALUE_DIM, BLOCK_V, False)
+            value_rows = load_rows(keys.v, j, keys.v_stride, length, VALUE_DIM, BLOCK_V, False)
             _, slopes = _weights_and_slopes(z, FAST)
             dz = product(grads, tl.trans(value_rows), tile) * slopes * factor
             seen = is_seen(x, j[None, :], length) & (x.p < length)

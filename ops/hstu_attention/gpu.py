@@ -99,10 +99,15 @@ def _constants(q: Tensor, v: Tensor) -> dict[str, Any]:
     }
 
 
-def _key(constants: dict[str, Any], q: Tensor, bias: Bias) -> dict[str, int]:
-    """What selects a row of the tuning table."""
-    has_bias = int(bias.position is not None or bias.time is not None)
-    return {"dim": max(constants["BLOCK_K"], constants["BLOCK_V"]), "bytes": q.element_size(), "bias": has_bias}
+def _key(constants: dict[str, Any], q: Tensor, bias: Bias, mask: Mask, drop: Drop) -> dict[str, int]:
+    """What selects a row of the tuning table; each of these costs registers or takes other instructions."""
+    return {
+        "dim": max(constants["BLOCK_K"], constants["BLOCK_V"]),
+        "bytes": q.element_size(),
+        "exact": int(constants["EXACT"]),
+        "bias": int(bias.position is not None or bias.time is not None),
+        "options": int(any(rule is not None for rule in (*mask, drop.threshold))),
+    }
 
 
 class _Call(NamedTuple):
@@ -148,7 +153,7 @@ def forward(x: Inputs, s: Settings) -> Tensor:
         *(c.q, c.k, c.v, out, Strides(c.q.stride(0), c.k.stride(0), c.v.stride(0)), *c[3:8]),
         *(*seed_halves(s.dropout_seed), s.alpha, s.scale, heads),
         table=_TABLE,
-        key=_key(c.constants, x.q, c.bias),
+        key=_key(c.constants, c.q, c.bias, c.mask, c.drop),
         **c.constants,
     )
     return out
@@ -165,7 +170,7 @@ def backward(
     upstream = _rows_of(grad_out)
     strides = Strides(c.q.stride(0), c.k.stride(0), c.v.stride(0), upstream.stride(0))
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v)]
-    shared: dict[str, Any] = {"table": _TABLE, "key": _key(c.constants, x.q, c.bias), **c.constants}
+    shared: dict[str, Any] = {"table": _TABLE, "key": _key(c.constants, c.q, c.bias, c.mask, c.drop), **c.constants}
     numbers = (*seed_halves(s.dropout_seed), s.alpha, s.scale, heads)
     triton_runtime.launch(
         backward_kernels.backward_keys,
@@ -200,7 +205,7 @@ def _bias_gradients(
     time_weights = c.bias.time if need_time else None
     if position_weights is None and time_weights is None:
         return position, time
-    key = _key(c.constants, c.q, c.bias)
+    key = _key(c.constants, c.q, c.bias, c.mask, c.drop)
     block = _TABLE.constant("backward_bias", key, "BLOCK_M")
     heads, lower = c.q.shape[1], _blocks(s.max_seq_len, block)
     bands = lower + (lower - 1 if s.contextual_seq_len > 0 else 0)
@@ -245,7 +250,7 @@ def cached(x: CachedInputs, s: Settings) -> Tensor:
     q, k, v = _rows_of(x.q), _rows_of(x.k_cache), _rows_of(x.v_cache)
     new_k, new_v = (None if t is None else _rows_of(t) for t in (x.k, x.v))
     batch, (queries, heads, _) = x.q_offsets.shape[0] - 1, q.shape
-    constants, bias = _constants(q, v), _bias(x, x.cache_times, s)
+    constants, bias, mask = _constants(q, v), _bias(x, x.cache_times, s), _mask(x, s)
     rows = Rows(x.cache_offsets.contiguous(), None, x.q_offsets.contiguous(), _contiguous(x.cache_lengths))
     # Few queries leave a GPU idle: the keys are shared out, and the parts, without a softmax, simply add.
     splits = max(1, min(_MAX_SPLITS, s.max_seq_len // _SPLIT_KEYS, _PROGRAMS // max(1, batch * heads)))
@@ -256,10 +261,10 @@ def cached(x: CachedInputs, s: Settings) -> Tensor:
         kernels.cached,
         lambda config: (_blocks(s.max_queries, config["BLOCK_M"]) * batch * heads, splits),
         *(q, k, v, new_k, new_v, out, Strides(q.stride(0), k.stride(0), v.stride(0)), new_strides),
-        *(rows, bias, _mask(x, s), _contiguous(x.scales), _contiguous(x.key_times)),
+        *(rows, bias, mask, _contiguous(x.scales), _contiguous(x.key_times)),
         *(s.alpha, s.scale, heads, queries, s.max_queries),
         table=_TABLE,
-        key=_key(constants, q, bias),
+        key=_key(constants, q, bias, mask, _drop(s, None)),
         **constants,
         SPLITS=splits,
     )

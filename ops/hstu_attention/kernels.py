@@ -402,7 +402,8 @@ def cached(
         known = (tl.load(rows.offsets + row + 1) - start).to(tl.int32)
     before = known
     if new_k is None:
-        before = known - count
+        # More queries than keys are an error that a GPU is not asked about, but must not read past a table.
+        before = tl.maximum(known - count, 0)
     places = block * BLOCK_M + tl.arange(0, BLOCK_M)
     if block * BLOCK_M >= count:
         return
