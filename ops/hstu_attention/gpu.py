@@ -205,7 +205,11 @@ def _bias_gradients(
     time_weights = c.bias.time if need_time else None
     if position_weights is None and time_weights is None:
         return position, time
-    key = _key(c.constants, c.q, c.bias, c.mask, c.drop)
+    constants = dict(c.constants)
+    if c.q.dtype == torch.float32 and max(constants["BLOCK_K"], constants["BLOCK_V"]) > 128:
+        # The fragments of tensor cores for heads this wide do not fit the registers beside the sums.
+        constants["EXACT"] = True
+    key = _key(constants, c.q, c.bias, c.mask, c.drop)
     block = _TABLE.constant("backward_bias", key, "BLOCK_M")
     heads, lower = c.q.shape[1], _blocks(s.max_seq_len, block)
     bands = lower + (lower - 1 if s.contextual_seq_len > 0 else 0)
@@ -224,7 +228,7 @@ def _bias_gradients(
         *(c.q, c.k, c.v, upstream, position_parts, time_parts, strides, *c[3:8], *numbers, batch, chunks, lower),
         table=_TABLE,
         key=key,
-        **c.constants,
+        **constants,
         BUCKETS=buckets,
     )
     if position_weights is not None and position_parts is not None:

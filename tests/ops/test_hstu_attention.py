@@ -681,6 +681,25 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
+@needs_compiler
+def test_exports_with_rows_and_tokens_that_vary() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, times: Tensor) -> Tensor:
+            tables = {"position_weights": torch.ones(39), "time_weights": torch.ones(BUCKETS + 1)}
+            both = {"query_times": times, "key_times": times}
+            return hstu_attention(q, k, v, offsets, max_seq_len=20, **tables, **both)
+
+    def inputs(lengths: list[int]) -> tuple[Tensor, ...]:
+        (q, k, v, offsets), kwargs, _ = make_case(lengths, 2, 4, 4, dtype=torch.float32, position=None)
+        return q, k, v, offsets, kwargs["key_times"]
+
+    tokens, rows = torch.export.Dim("tokens", min=2), torch.export.Dim("rows", min=2)
+    shapes = tuple({0: rows if name == "offsets" else tokens} for name in ("q", "k", "v", "offsets", "times"))
+    program = torch.export.export(Attention(), inputs([5, 7]), dynamic_shapes=shapes)
+    other = inputs([3, 0, 20, 4])
+    torch.testing.assert_close(program.module()(*other), Attention()(*other))
+
+
 def test_thresholds_are_exact_and_cached() -> None:
     thresholds = time_bucket_thresholds(BUCKETS)
     assert thresholds is time_bucket_thresholds(BUCKETS)
