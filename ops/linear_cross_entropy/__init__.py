@@ -4,25 +4,30 @@ With o a query, C the catalogue, E the item table, n(v) = v / max(|v|, eps) if `
 
     loss = logsumexp_{x in C} <o, n(E[x])> / tau  -  <o, n(E[y])> / tau
 
+Logits exist a block at a time, in backward too: memory does not grow with tokens x items. There is no label smoothing.
 Only ids of the catalogue are candidates; the published code scores every row from 0, padding and unused ids included,
-and leaves `l2_norm` out. The blocked form follows cut cross-entropy (Wijmans et al. 2024) and Liger's fused linear
-loss.
+and leaves `l2_norm` out. After cut cross-entropy (Wijmans et al. 2024) and Liger's fused linear loss; on a GPU a
+query's gradient comes out of forward, as the output of attention does.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ops.dispatch import Implementation, Op
-from ops.linear_cross_entropy import blocked, reference
-from ops.rows import select_rows
+from ops.linear_cross_entropy import blocked, gpu, operator, reference
 
 __all__ = ["linear_cross_entropy"]
 
 _linear_cross_entropy = Op(
     "linear_cross_entropy",
     reference.linear_cross_entropy,
-    {"cpu": Implementation(blocked.linear_cross_entropy, blocked.refuses)},
+    {
+        "triton": Implementation(partial(operator.linear_cross_entropy, triton=True), gpu.refuses),
+        "cpu": Implementation(partial(operator.linear_cross_entropy, triton=False), blocked.refuses),
+    },
 )
 
 
@@ -39,9 +44,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Loss of each token, (T,), unreduced; float32, or float64 where an input is. Dense gradients to queries and table.
 
+    queries_TD and table_VD: any float dtype; on a GPU halves are multiplied as they are, in float32 sums.
     catalogue_ids_X: int64, unique, any order, at least one; target_ids_T: int64 ids of the catalogue.
-    Fastest when all tokens weigh the same in what follows (their mean or sum): drop tokens of weight zero beforehand.
-    Raises ValueError for a target outside the catalogue, a temperature that is not positive, or shapes that do not fit.
+    Fastest on a CPU when all tokens weigh the same in what follows (their mean or sum): drop tokens of weight zero
+    beforehand.
+    Raises ValueError for a temperature that is not positive, shapes or ids that do not fit, a catalogue outside the
+    table and a target outside the catalogue. The Triton form does not wait to see the last: such losses are NaN.
     """
     if not temperature > 0:
         raise ValueError(f"linear_cross_entropy temperature: got {temperature}, expected a positive number; try 0.05")
@@ -49,29 +57,19 @@ def linear_cross_entropy(
     if not fits or target_ids_T.shape != queries_TD.shape[:1]:
         shapes = [tuple(x.shape) for x in (queries_TD, table_VD, target_ids_T)]
         raise ValueError(f"linear_cross_entropy shapes: got {shapes}, expected (T, D), (V, D), (T,)")
-    positions_T = _positions(catalogue_ids_X, target_ids_T, table_VD.shape[0])
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
-    items_XD = select_rows(table_VD, catalogue_ids_X).to(dtype)
-    if l2_norm:
-        items_XD = items_XD / torch.linalg.vector_norm(items_XD, dim=1, keepdim=True).clamp_min(eps)
-    # Scaling the queries instead of the logits is (T, D) work for (T, X).
-    queries_TD = queries_TD.to(dtype) / temperature
-    losses_T: torch.Tensor = _linear_cross_entropy(queries_TD, items_XD, positions_T, backend=backend)
-    return losses_T
-
-
-def _positions(catalogue_ids_X: torch.Tensor, target_ids_T: torch.Tensor, rows: int) -> torch.Tensor:
-    """Index of each target in the catalogue."""
+    if catalogue_ids_X.dtype != torch.int64 or target_ids_T.dtype != torch.int64 or catalogue_ids_X.dim() != 1:
+        got = f"{catalogue_ids_X.dtype} {tuple(catalogue_ids_X.shape)} and {target_ids_T.dtype}"
+        raise ValueError(f"linear_cross_entropy ids: got {got}, expected int64 (X,) and int64 (T,)")
     if catalogue_ids_X.numel() == 0:
         raise ValueError("linear_cross_entropy catalogue: got no ids, expected at least one")
-    if int(catalogue_ids_X.min()) < 0 or int(catalogue_ids_X.max()) >= rows:
-        raise ValueError(f"linear_cross_entropy catalogue: got ids outside the table, expected 0 to {rows - 1}")
-    position_of_V = torch.full((rows,), -1, dtype=torch.int64, device=catalogue_ids_X.device)
-    position_of_V[catalogue_ids_X] = torch.arange(catalogue_ids_X.numel(), device=catalogue_ids_X.device)
-    outside_T = (target_ids_T < 0) | (target_ids_T >= rows)
-    positions_T = torch.where(outside_T, -1, position_of_V[target_ids_T.clamp(0, rows - 1)])
-    missing = torch.nonzero(positions_T < 0)
-    if len(missing):
-        target = int(target_ids_T[missing[0, 0]])
-        raise ValueError(f"linear_cross_entropy target: got id {target}, expected one of the catalogue")
-    return positions_T
+    losses_T: torch.Tensor = _linear_cross_entropy(
+        queries_TD,
+        table_VD,
+        catalogue_ids_X,
+        target_ids_T,
+        float(temperature),
+        l2_norm,
+        float(eps),
+        backend=backend,
+    )
+    return losses_T

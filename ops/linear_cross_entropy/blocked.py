@@ -1,4 +1,4 @@
-"""Full softmax in blocks that fit the cache, as a custom op; PyTorch calls on any device, C++ for the step that pays.
+"""Full softmax in blocks that fit the cache: PyTorch calls on any device, C++ for the step that pays.
 
 Catalogues of up to 2^15 items: a block holds whole rows of logits. One product gives them, and while they are in cache
 two more give the queries' gradient per unit of loss and the items' gradient for tokens of weight one. If the weights
@@ -15,8 +15,11 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.linear_cross_entropy import cpu
+from ops.linear_cross_entropy.reference import checked_positions, target_positions
+from ops.rows import l2_normalize, l2_normalize_backward, select_rows
 
 _WHOLE_ROWS = 1 << 15
 # 2^20 float32 logits, 4 MB.
@@ -28,21 +31,19 @@ def refuses(*_: Any) -> str | None:
     return None
 
 
-def _exponential(logits: torch.Tensor) -> torch.Tensor:
+def _exponential(logits: Tensor) -> Tensor:
     """exp in place. Terms so small that no sum could notice them are raised to where their products are normal numbers:
     arithmetic on subnormal numbers is many times slower on a CPU."""
     return logits.clamp_(min=0.7 * math.log(torch.finfo(logits.dtype).tiny)).exp_()
 
 
-def _forward_whole_rows(
-    queries_TD: torch.Tensor, items_XD: torch.Tensor, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _forward_whole_rows(queries_TD: Tensor, items_XD: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     tokens, items = len(queries_TD), len(items_XD)
     step = max(_BLOCK_LOGITS // items, 32)
     buffer = queries_TD.new_empty(min(step, tokens), items)
     lse_T = queries_TD.new_empty(tokens)
-    means_TD = torch.empty_like(queries_TD) if needs_grad else queries_TD.new_empty(0)
-    mass_XD = torch.zeros_like(items_XD) if needs_grad else items_XD.new_empty(0)
+    means_TD = torch.empty_like(queries_TD) if needs_grad else queries_TD[:0]
+    mass_XD = torch.zeros_like(items_XD) if needs_grad else items_XD[:0]
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         block_tD = queries_TD[rows]
@@ -57,7 +58,7 @@ def _forward_whole_rows(
     return lse_T, means_TD, mass_XD
 
 
-def _forward_tiles(queries_TD: torch.Tensor, items_XD: torch.Tensor) -> torch.Tensor:
+def _forward_tiles(queries_TD: Tensor, items_XD: Tensor) -> Tensor:
     tokens, items = len(queries_TD), len(items_XD)
     buffer = queries_TD.new_empty(_TILE_TOKENS * _TILE_ITEMS)
     largest_T1 = queries_TD.new_full((tokens, 1), float("-inf"))
@@ -74,18 +75,24 @@ def _forward_tiles(queries_TD: torch.Tensor, items_XD: torch.Tensor) -> torch.Te
     return (largest_T1 + total_T1.log())[:, 0]
 
 
-def _tile(buffer: torch.Tensor, queries_tD: torch.Tensor, items_xD: torch.Tensor) -> torch.Tensor:
+def _tile(buffer: Tensor, queries_tD: Tensor, items_xD: Tensor) -> Tensor:
     shape = (len(queries_tD), len(items_xD))
     return torch.mm(queries_tD, items_xD.T, out=buffer[: shape[0] * shape[1]].view(shape))
 
 
 def _gradients_by_tiles(
-    weights_T: torch.Tensor, queries_TD: torch.Tensor, items_XD: torch.Tensor, lse_T: torch.Tensor, with_means: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum_x p[t, x] items[x] (empty unless asked for) and sum_t weights[t] p[t, x] queries[t]."""
+    weights_T: Tensor,
+    queries_TD: Tensor,
+    items_XD: Tensor,
+    lse_T: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """sum_x p[t, x] items[x] and sum_t weights[t] p[t, x] queries[t], each zero where it is not wanted."""
     weighted_TD = weights_T[:, None] * queries_TD
-    means_TD = torch.zeros_like(queries_TD) if with_means else queries_TD.new_empty(0)
-    mass_XD = torch.zeros_like(items_XD)
+    means_TD, mass_XD = torch.zeros_like(queries_TD), torch.zeros_like(items_XD)
+    with_means, with_mass = wanted
+    if not any(wanted):
+        return means_TD, mass_XD
     buffer = queries_TD.new_empty(_TILE_TOKENS * _TILE_ITEMS)
     for first in range(0, len(items_XD), _TILE_ITEMS):
         items_xD = items_XD[first : first + _TILE_ITEMS]
@@ -94,79 +101,82 @@ def _gradients_by_tiles(
             probabilities_tx = _exponential(_tile(buffer, queries_TD[rows], items_xD).sub_(lse_T[rows, None]))
             if with_means:
                 means_TD[rows].addmm_(probabilities_tx, items_xD)
-            mass_XD[first : first + _TILE_ITEMS].addmm_(probabilities_tx.T, weighted_TD[rows])
+            if with_mass:
+                mass_XD[first : first + _TILE_ITEMS].addmm_(probabilities_tx.T, weighted_TD[rows])
     return means_TD, mass_XD
 
 
-@torch.library.custom_op("gr::linear_cross_entropy_blocked", mutates_args=())
-def _forward(
-    queries_TD: torch.Tensor, items_XD: torch.Tensor, positions_T: torch.Tensor, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses and, for backward, the log-sum-exp and its two gradients at weight one (empty for large catalogues)."""
-    if len(items_XD) <= _WHOLE_ROWS and needs_grad and cpu.usable(queries_TD):
+def keeps_gradients(items: int, needs_grad: bool) -> bool:
+    """Whether forward computes what only backward needs."""
+    return needs_grad and items <= _WHOLE_ROWS
+
+
+def _problem(
+    queries_TD: Tensor, table_VD: Tensor, catalogue_ids_X: Tensor, temperature: float, l2_norm: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries over the temperature, (T, D) work that saves (T, X), and the candidates' rows as they are scored."""
+    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    items_XD = select_rows(table_VD, catalogue_ids_X).to(dtype)
+    items_XD = l2_normalize(items_XD, eps) if l2_norm else items_XD
+    return (queries_TD.to(dtype) / temperature).contiguous(), items_XD.contiguous()
+
+
+def forward(
+    queries_TD: Tensor,
+    table_VD: Tensor,
+    catalogue_ids_X: Tensor,
+    target_ids_T: Tensor,
+    temperature: float,
+    l2_norm: bool,
+    eps: float,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and, for backward, the log-sum-exp and its gradients at weight one: means (T, D) and mass (X, D).
+
+    The gradients have no rows for large catalogues, or where none is needed.
+    """
+    positions_T = checked_positions(catalogue_ids_X, target_ids_T, table_VD.shape[0])
+    queries_TD, items_XD = _problem(queries_TD, table_VD, catalogue_ids_X, temperature, l2_norm, eps)
+    if keeps_gradients(len(items_XD), needs_grad) and cpu.usable(queries_TD):
         lse_T, means_TD, mass_XD = cpu.forward_whole_rows(queries_TD, items_XD)
     elif len(items_XD) <= _WHOLE_ROWS:
         lse_T, means_TD, mass_XD = _forward_whole_rows(queries_TD, items_XD, needs_grad)
     else:
         lse_T = _forward_tiles(queries_TD, items_XD)
-        means_TD, mass_XD = queries_TD.new_empty(0), items_XD.new_empty(0)
+        means_TD, mass_XD = torch.empty_like(queries_TD[:0]), torch.empty_like(items_XD[:0])
     target_T = (queries_TD * items_XD.index_select(0, positions_T)).sum(dim=1)
     return lse_T - target_T, lse_T, means_TD, mass_XD
 
 
-@_forward.register_fake
-def _(
-    queries_TD: torch.Tensor, items_XD: torch.Tensor, positions_T: torch.Tensor, needs_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = queries_TD.shape[0]
-    whole_rows = needs_grad and items_XD.shape[0] <= _WHOLE_ROWS
-    means_TD = torch.empty_like(queries_TD) if whole_rows else queries_TD.new_empty(0)
-    mass_XD = torch.empty_like(items_XD) if whole_rows else items_XD.new_empty(0)
-    return queries_TD.new_empty(tokens), queries_TD.new_empty(tokens), means_TD, mass_XD
-
-
-@torch.library.custom_op("gr::linear_cross_entropy_blocked_backward", mutates_args=())
-def _gradients(
-    grad_T: torch.Tensor,
-    queries_TD: torch.Tensor,
-    items_XD: torch.Tensor,
-    positions_T: torch.Tensor,
-    lse_T: torch.Tensor,
-    means_TD: torch.Tensor,
-    mass_XD: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    saved = means_TD.dim() == 2
-    if saved and len(grad_T) and bool((grad_T == grad_T[0]).all()):
+def backward(
+    grad_T: Tensor,
+    queries_TD: Tensor,
+    table_VD: Tensor,
+    catalogue_ids_X: Tensor,
+    target_ids_T: Tensor,
+    lse_T: Tensor,
+    means_TD: Tensor,
+    mass_XD: Tensor,
+    temperature: float,
+    l2_norm: bool,
+    eps: float,
+    needs_table_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and table; that of the table is zero where it is not needed."""
+    positions_T = target_positions(catalogue_ids_X, target_ids_T, table_VD.shape[0])
+    scaled_TD, items_XD = _problem(queries_TD, table_VD, catalogue_ids_X, temperature, l2_norm, eps)
+    kept = len(mass_XD) > 0
+    if kept and len(grad_T) and bool((grad_T == grad_T[0]).all()):
         grad_items_XD = grad_T[0] * mass_XD
     else:
-        computed_TD, grad_items_XD = _gradients_by_tiles(grad_T, queries_TD, items_XD, lse_T, with_means=not saved)
-        means_TD = means_TD if saved else computed_TD
-    grad_items_XD.index_add_(0, positions_T, grad_T[:, None] * queries_TD, alpha=-1)
-    return grad_T[:, None] * (means_TD - items_XD.index_select(0, positions_T)), grad_items_XD
-
-
-@_gradients.register_fake
-def _(
-    grad_T: torch.Tensor, queries_TD: torch.Tensor, items_XD: torch.Tensor, *_: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(queries_TD), torch.empty_like(items_XD)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_T: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    if grad_T is None:
-        return None, None, None, None
-    return *_gradients(grad_T, *ctx.saved_tensors), None, None
-
-
-_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def linear_cross_entropy(queries_TD: torch.Tensor, items_XD: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-    needs_grad = torch.is_grad_enabled() and (queries_TD.requires_grad or items_XD.requires_grad)
-    losses_T: torch.Tensor = _forward(queries_TD.contiguous(), items_XD.contiguous(), positions_T, needs_grad)[0]
-    return losses_T
+        wanted = not kept, needs_table_grad
+        computed_TD, grad_items_XD = _gradients_by_tiles(grad_T, scaled_TD, items_XD, lse_T, wanted)
+        means_TD = means_TD if kept else computed_TD
+    grad_queries_TD = grad_T[:, None] * (means_TD - items_XD.index_select(0, positions_T)) / temperature
+    grad_table_VD = torch.zeros_like(table_VD, memory_format=torch.contiguous_format)
+    if needs_table_grad:
+        grad_items_XD.index_add_(0, positions_T, grad_T[:, None] * scaled_TD, alpha=-1)
+        if l2_norm:
+            grad_items_XD = l2_normalize_backward(grad_items_XD, select_rows(table_VD, catalogue_ids_X), eps)
+        grad_table_VD.index_copy_(0, catalogue_ids_X, grad_items_XD.to(table_VD.dtype))
+    return grad_queries_TD.to(queries_TD.dtype), grad_table_VD

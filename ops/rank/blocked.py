@@ -1,15 +1,17 @@
 """Rank and top-k over blocks of queries, in PyTorch calls that are each one pass over the block; any device.
 
 A block holds whole score rows, so the target's score and its rivals' come from one matrix product. Time is the product
-plus about four passes over memory; the block is sized for the cache, and for 2^26 scores at the very most.
+plus about four passes over memory; the block is sized for the cache, and for 2^26 scores at the very most. Whatever
+yields blocks of scores can be ranked: `rank_in_blocks`, `topk_in_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.rank.reference import Seen
 from ops.rows import find_sorted, select_rows
@@ -22,23 +24,26 @@ _MAX_SCORES = 1 << 26
 # float32 counts 0/1 exactly up to here.
 _EXACT_FLOAT = 1 << 24
 
+# Rows of the batch, and their scores in a buffer that is free to be overwritten.
+Block = tuple[slice, Tensor]
+
 
 def refuses(*_: Any) -> str | None:
     return None
 
 
-def _block_rows(candidates: int) -> int:
+def block_rows(candidates: int, device: torch.device) -> int:
+    """Whole rows of scores a block should have."""
+    if device.type != "cpu":
+        return max(_MAX_SCORES // max(candidates, 1), 1)
     wanted = max(_CACHE_SCORES // max(candidates, 1), _MIN_ROWS)
     return max(min(wanted, _MAX_SCORES // max(candidates, 1)), 1)
 
 
-def _score_blocks(
-    queries_BD: torch.Tensor, table_XD: torch.Tensor, candidate_ids_X: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields (rows, scores): a block's scores in a buffer that is reused, free for the consumer to overwrite."""
+def _products(queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor) -> Iterator[Block]:
     dtype = torch.promote_types(queries_BD.dtype, torch.float32)
     rows_XD = select_rows(table_XD, candidate_ids_X).to(dtype)
-    step = _block_rows(len(candidate_ids_X))
+    step = block_rows(len(candidate_ids_X), queries_BD.device)
     buffer = torch.empty(min(step, len(queries_BD)), len(candidate_ids_X), dtype=dtype, device=queries_BD.device)
     for start in range(0, len(queries_BD), step):
         block_bD = queries_BD[start : start + step].to(dtype)
@@ -46,7 +51,7 @@ def _score_blocks(
         yield slice(start, start + len(block_bD)), scores_bX
 
 
-def _hide_seen(scores_bX: torch.Tensor, rows: slice, candidate_ids_X: torch.Tensor, seen: Seen) -> None:
+def _hide_seen(scores_bX: Tensor, rows: slice, candidate_ids_X: Tensor, seen: Seen) -> None:
     """Scatter -inf to the block's seen candidates."""
     if seen is None:
         return
@@ -59,30 +64,33 @@ def _hide_seen(scores_bX: torch.Tensor, rows: slice, candidate_ids_X: torch.Tens
     scores_bX.view(-1)[flat_s] = float("-inf")
 
 
-def _row_counts(flags_bX: torch.Tensor) -> torch.Tensor:
+def _row_counts(flags_bX: Tensor) -> Tensor:
     dtype = None if flags_bX.shape[1] <= _EXACT_FLOAT else torch.float64
     return flags_bX.sum(dim=1, dtype=dtype).long()
 
 
 def rank_of_target(
-    queries_BD: torch.Tensor,
-    table_XD: torch.Tensor,
-    candidate_ids_X: torch.Tensor,
-    target_ids_B: torch.Tensor,
-    seen: Seen,
-) -> torch.Tensor:
+    queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor, target_ids_B: Tensor, seen: Seen
+) -> Tensor:
+    return rank_in_blocks(_products(queries_BD, table_XD, candidate_ids_X), candidate_ids_X, target_ids_B, seen)
+
+
+def rank_in_blocks(blocks: Iterable[Block], candidate_ids_X: Tensor, target_ids_B: Tensor, seen: Seen) -> Tensor:
+    """Ranks (B,) from blocks of scores, which are overwritten."""
     ranks_B = torch.zeros_like(target_ids_B)
     if len(candidate_ids_X) == 0:
         return ranks_B
     position_B, known_B = find_sorted(candidate_ids_X, target_ids_B)
-    flags = torch.empty(0, dtype=torch.promote_types(queries_BD.dtype, torch.float32), device=queries_BD.device)
-    for rows, scores_bX in _score_blocks(queries_BD, table_XD, candidate_ids_X):
+    flags = None
+    for rows, scores_bX in blocks:
         _hide_seen(scores_bX, rows, candidate_ids_X, seen)
         position_b1 = position_B[rows, None]
         target_b1 = scores_bX.gather(1, position_b1)
         # A target hidden by its history stays a miss; elsewhere scores are finite, so -inf marks nothing else.
         hit_b = known_B[rows] & (target_b1[:, 0] > float("-inf"))
-        flags = torch.ge(scores_bX, target_b1, out=flags.resize_(scores_bX.shape))
+        # Kept as numbers: sums of floats are several times faster than those of booleans.
+        flags = scores_bX.new_empty(scores_bX.shape) if flags is None else flags[: len(scores_bX)]
+        torch.ge(scores_bX, target_b1, out=flags)
         at_least_b = _row_counts(flags)
         above_b = _row_counts(torch.gt(scores_bX, target_b1, out=flags))
         # The target itself is the one equal score of nearly every row; only the others need to know the order.
@@ -95,14 +103,22 @@ def rank_of_target(
 
 
 def topk(
-    queries_BD: torch.Tensor, table_XD: torch.Tensor, candidate_ids_X: torch.Tensor, k: int, seen: Seen
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor, k: int, seen: Seen
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(queries_BD.dtype, torch.float32)
-    scores_BK = torch.full((len(queries_BD), k), float("-inf"), dtype=dtype, device=queries_BD.device)
-    ids_BK = candidate_ids_X.new_zeros(len(queries_BD), k)
+    blocks = _products(queries_BD, table_XD, candidate_ids_X)
+    return topk_in_blocks(blocks, candidate_ids_X, k, seen, len(queries_BD), dtype)
+
+
+def topk_in_blocks(
+    blocks: Iterable[Block], candidate_ids_X: Tensor, k: int, seen: Seen, batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and ids (B, k) and valid_count (B,) from blocks of scores, which are overwritten."""
+    scores_BK = torch.full((batch, k), float("-inf"), dtype=dtype, device=candidate_ids_X.device)
+    ids_BK = candidate_ids_X.new_zeros(batch, k)
     kept = min(k, len(candidate_ids_X))
     if kept:
-        for rows, scores_bX in _score_blocks(queries_BD, table_XD, candidate_ids_X):
+        for rows, scores_bX in blocks:
             _hide_seen(scores_bX, rows, candidate_ids_X, seen)
             best_bK, position_bK = _stable_topk(scores_bX, kept)
             scores_BK[rows, :kept] = best_bK
@@ -111,7 +127,7 @@ def topk(
     return scores_BK, torch.where(valid_BK, ids_BK, 0), valid_BK.sum(dim=1)
 
 
-def _stable_topk(scores_bX: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stable_topk(scores_bX: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """torch.topk with equal scores by position, which it does not promise.
 
     Only the k-th value can be shared with positions outside the result; one more than k shows whether it is.

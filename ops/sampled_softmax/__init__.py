@@ -12,17 +12,22 @@ as in the published HSTU code; unlike there, ids never pass through a float.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ops.dispatch import Implementation, Op
-from ops.sampled_softmax import cpu, reference
+from ops.sampled_softmax import cpu, gpu, operator, reference
 
 __all__ = ["sampled_softmax_loss"]
 
 _sampled_softmax = Op(
     "sampled_softmax",
     reference.sampled_softmax_loss,
-    {"cpu": Implementation(cpu.sampled_softmax_loss, cpu.refuses)},
+    {
+        "triton": Implementation(partial(operator.sampled_softmax_loss, triton=True), gpu.refuses),
+        "cpu": Implementation(partial(operator.sampled_softmax_loss, triton=False), cpu.refuses),
+    },
 )
 
 
@@ -36,16 +41,23 @@ def sampled_softmax_loss(
     l2_norm: bool = False,
     eps: float = 1e-6,
     item_log_q: torch.Tensor | None = None,
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Loss of each token, (T,), unreduced; float32, or float64 where an input is. Dense gradients to queries and table.
+    """Loss of each token, (T,), unreduced; float32, or float64 where queries or table are. No (T, R, D) tensor exists.
 
     queries_TD and table_VD: any float dtype. positive_ids_T, negative_ids_TR: int64 in [0, V); R may be 0. item_log_q:
-    (V,) natural-log probabilities, a constant. The gradient of the table does not depend on the number of threads.
-    Raises ValueError for a temperature that is not positive or shapes that do not fit, IndexError for ids outside the
-    table.
+    (V,) natural-log probabilities, a constant. Gradients go to queries and table and depend on no scheduling. The
+    table's is dense or, with `sparse_grad`, a coalesced `torch.sparse_coo_tensor` of the rows that the batch names, as
+    `torch.optim.SparseAdam` wants it; on a GPU backward then waits for the number of these rows. The dense form waits
+    for nothing.
+    Raises ValueError for a temperature that is not positive or shapes that do not fit and, on a CPU, IndexError for ids
+    outside the table; on a GPU the losses of their tokens are NaN.
     """
     _check(queries_TD, table_VD, positive_ids_T, negative_ids_TR, temperature, item_log_q)
+    if item_log_q is not None:
+        dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+        item_log_q = item_log_q.detach().to(dtype)
     losses_T: torch.Tensor = _sampled_softmax(
         queries_TD,
         table_VD,
@@ -55,6 +67,7 @@ def sampled_softmax_loss(
         l2_norm,
         float(eps),
         item_log_q,
+        sparse_grad,
         backend=backend,
     )
     return losses_T

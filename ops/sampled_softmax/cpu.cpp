@@ -112,8 +112,7 @@ T softmax_in_place(T* logits, int64_t count, T positive, T* positive_probability
 }
 
 template <class T, int kVectors>
-void forward_tokens(const Problem<T>& p, const T* rows, int64_t stride, T* losses, T* slopes, T* probabilities,
-                    T* positive_probabilities) {
+void forward_tokens(const Problem<T>& p, const T* rows, int64_t stride, T* losses, T* slopes, T* probabilities) {
   const int vectors = static_cast<int>(gr::vectors<T>(p.width));
   const T inverse_temperature = static_cast<T>(1 / p.temperature);
 #pragma omp parallel
@@ -146,10 +145,9 @@ void forward_tokens(const Problem<T>& p, const T* rows, int64_t stride, T* losse
       }
       T own_probability;
       losses[t] = softmax_in_place(weights, p.negatives, own, &own_probability);
-      if (!positive_probabilities) continue;
+      if (!slopes) continue;
       // A masked logit is a constant: it takes part in the sum but passes no gradient.
       for (int64_t r = 0; r < p.negatives; ++r) weights[r] = ids[r] == positive ? T(0) : weights[r];
-      positive_probabilities[t] = own_probability;
       std::fill(slope.get(), slope.get() + stride, T(0));
       const T own_weight = own_probability - T(1);
       // The one large term last: small terms added to it would each lose bits.
@@ -187,20 +185,20 @@ int64_t first_outside(const int64_t* ids, int64_t count, int64_t rows) {
 }
 
 template <class T>
-void forward(const Problem<T>& p, T* losses, T* slopes, T* probabilities, T* positive_probabilities) {
+void forward(const Problem<T>& p, T* losses, T* slopes, T* probabilities) {
   const int64_t stride = gr::padded<T>(p.width);
   const auto prepared = prepared_table(p, stride);
   const T* rows = prepared ? prepared.get() : p.table;
   with_vectors(gr::vectors<T>(p.width), [&](auto count) {
-    forward_tokens<T, decltype(count)::value>(p, rows, stride, losses, slopes, probabilities, positive_probabilities);
+    forward_tokens<T, decltype(count)::value>(p, rows, stride, losses, slopes, probabilities);
   });
 }
 
 // Adds every pair's contribution to the vectors [first, first + count) of the gradient rows; the positives, whose terms
 // are large, in a second pass after the many small ones.
 template <class T, int kVectors>
-void scatter_slice(const Problem<T>& p, const T* grads, const T* probabilities, const T* positive_probabilities,
-                   int64_t stride, int64_t first, int vectors, T* gradient) {
+void scatter_slice(const Problem<T>& p, const T* grads, const T* losses, const T* probabilities, int64_t stride,
+                   int64_t first, int vectors, T* gradient) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int count = kVectors ? kVectors : vectors;
   const T inverse_temperature = static_cast<T>(1 / p.temperature);
@@ -226,7 +224,7 @@ void scatter_slice(const Problem<T>& p, const T* grads, const T* probabilities, 
   }
   for (int64_t t = 0; t < p.tokens; ++t) {
     load_query(t);
-    add(p.positive[t], positive_probabilities[t] - T(1));
+    add(p.positive[t], std::expm1(-losses[t]));
   }
 }
 
@@ -252,8 +250,7 @@ void finish_rows(const Problem<T>& p, int64_t stride, const T* gradient, T* out)
 }
 
 template <class T>
-void backward_table(const Problem<T>& p, const T* grads, const T* probabilities, const T* positive_probabilities,
-                    T* out) {
+void backward_table(const Problem<T>& p, const T* grads, const T* losses, const T* probabilities, T* out) {
   const int64_t stride = gr::padded<T>(p.width);
   const bool in_place = stride == p.width;
   const auto scratch = in_place ? nullptr : gr::allocate<T>(p.rows * stride);
@@ -269,7 +266,7 @@ void backward_table(const Problem<T>& p, const T* grads, const T* probabilities,
     const int64_t first = lines * s / slices * kLineVectors;
     const int64_t last = std::min(lines * (s + 1) / slices * kLineVectors, vectors);
     with_vectors(last - first, [&](auto count) {
-      scatter_slice<T, decltype(count)::value>(p, grads, probabilities, positive_probabilities, stride, first,
+      scatter_slice<T, decltype(count)::value>(p, grads, losses, probabilities, stride, first,
                                                static_cast<int>(last - first), gradient);
     });
   }
@@ -286,18 +283,18 @@ GR_EXPORT int64_t ids_outside(const int64_t* ids, int64_t count, int64_t rows) {
   GR_EXPORT void forward_##SUFFIX(const T* queries, const T* table, const int64_t* positive, const int64_t* negative, \
                                   const T* log_q, int64_t tokens, int64_t negatives, int64_t width, int64_t rows,     \
                                   double temperature, double eps, int l2_norm, T* losses, T* slopes,                  \
-                                  T* probabilities, T* positive_probabilities) {                                      \
+                                  T* probabilities) {                                                                 \
     const Problem<T> p{queries, table, positive, negative,    log_q, tokens,                                          \
                        negatives, width, rows,   temperature, eps,   l2_norm != 0};                                   \
-    forward(p, losses, slopes, probabilities, positive_probabilities);                                                \
+    forward(p, losses, slopes, probabilities);                                                                        \
   }                                                                                                                   \
   GR_EXPORT void backward_##SUFFIX(const T* queries, const T* table, const int64_t* positive,                         \
                                    const int64_t* negative, int64_t tokens, int64_t negatives, int64_t width,         \
                                    int64_t rows, double temperature, double eps, int l2_norm, const T* grads,         \
-                                   const T* probabilities, const T* positive_probabilities, T* out) {                 \
+                                   const T* losses, const T* probabilities, T* out) {                                 \
     const Problem<T> p{queries, table, positive, negative,    nullptr, tokens,                                        \
                        negatives, width, rows,   temperature, eps,     l2_norm != 0};                                 \
-    backward_table(p, grads, probabilities, positive_probabilities, out);                                             \
+    backward_table(p, grads, losses, probabilities, out);                                                             \
   }
 
 GR_SAMPLED_SOFTMAX(float, f32)

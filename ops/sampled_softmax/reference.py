@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from ops.rows import l2_normalize
 
 SAME_AS_POSITIVE = -5e4
 
 
+class _SparseRows(torch.autograd.Function):
+    """Conversion of a table's dtype whose gradient, a sparse one, names every row once."""
+
+    @staticmethod
+    def forward(ctx: Any, table_VD: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = table_VD.dtype
+        return table_VD.to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad_VD: Tensor) -> tuple[Tensor, None]:
+        return grad_VD.coalesce().to(ctx.dtype), None
+
+
 def sampled_softmax_loss(
-    queries_TD: torch.Tensor,
-    table_VD: torch.Tensor,
-    positive_ids_T: torch.Tensor,
-    negative_ids_TR: torch.Tensor,
+    queries_TD: Tensor,
+    table_VD: Tensor,
+    positive_ids_T: Tensor,
+    negative_ids_TR: Tensor,
     temperature: float,
     l2_norm: bool,
     eps: float,
-    item_log_q: torch.Tensor | None,
-) -> torch.Tensor:
+    item_log_q: Tensor | None,
+    sparse_grad: bool,
+) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
     queries_TD = queries_TD.to(dtype)
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        rows = F.embedding(ids, table_VD).to(dtype)
-        if l2_norm:
-            rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(eps)
-        scores = torch.einsum("td,trd->tr", queries_TD, rows) / temperature
-        return scores if item_log_q is None else scores - item_log_q[ids].to(dtype)
-
-    positive_T1 = logits(positive_ids_T[:, None])
-    negative_TR = logits(negative_ids_TR)
-    negative_TR = negative_TR.masked_fill(negative_ids_TR == positive_ids_T[:, None], SAME_AS_POSITIVE)
-    return torch.cat([positive_T1, negative_TR], dim=1).logsumexp(dim=1) - positive_T1[:, 0]
+    table_VD = _SparseRows.apply(table_VD, dtype) if sparse_grad else table_VD.to(dtype)
+    # The positive first.
+    ids_TS = torch.cat([positive_ids_T[:, None], negative_ids_TR], dim=1)
+    rows_TSD = F.embedding(ids_TS, table_VD, sparse=sparse_grad)
+    if l2_norm:
+        rows_TSD = l2_normalize(rows_TSD, eps)
+    logits_TS = torch.einsum("td,tsd->ts", queries_TD, rows_TSD) / temperature
+    if item_log_q is not None:
+        logits_TS = logits_TS - item_log_q[ids_TS]
+    same_TS = ids_TS == positive_ids_T[:, None]
+    same_TS[:, 0] = False
+    return logits_TS.masked_fill(same_TS, SAME_AS_POSITIVE).logsumexp(dim=1) - logits_TS[:, 0]

@@ -175,7 +175,10 @@ def test_a_token_does_not_depend_on_its_batch(place: Place, output: str) -> None
 
     alone, together = run(slice(40, 51)), run(slice(0, 70))
     for name, value in alone.items():
-        assert torch.equal(value, together[name][40:51]), name
+        same = together[name][40:51]
+        # Where a row lies decides whether PyTorch computes it in vectors or alone, which round differently.
+        torch.testing.assert_close(value, same, rtol=1e-6, atol=1e-6, msg=name)
+        assert torch.equal(value == 0, same == 0), name
     unkeyed = call(place, **options)(**inputs)
     assert torch.equal(unkeyed, call(place, **options, keys_T=keys_T - 5)(**inputs))
 

@@ -1,20 +1,25 @@
-"""Rank of a target and top-k: blocked against sorting everything, and both against the definition on lists."""
+"""Rank of a target and top-k: blocks and Triton against sorting everything, and all against the definition on lists."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ops.rank import blocked, rank_of_target, topk
+from ops.rank import blocked, gpu, rank_of_target, reference, topk
+from ops.testing import Place, places
 
-BACKENDS = ["reference", "cpu"]
+PLACES = places(blocked.refuses)
+FAST_PLACES = places(blocked.refuses, reference=False)
+TRITON = [place for place in FAST_PLACES if place.values[0].backend == "triton"]
 
 
-def jagged(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def jagged(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([0, *(len(row) for row in rows)])
     return lengths.cumsum(0), torch.tensor([x for row in rows for x in row], dtype=torch.int64)
 
@@ -40,15 +45,16 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("filter_history", [True, False])
 @given(data=problems())
 @settings(max_examples=60, deadline=None)
-def test_equals_the_definition_on_lists(backend: str, filter_history: bool, data: dict[str, Any]) -> None:
-    arguments = (data["queries"], data["table"], data["candidates"])
-    options: dict[str, Any] = {"filter_history": filter_history, "backend": backend}
-    ranks = rank_of_target(*arguments, data["targets"], *jagged(data["seen"]), **options)
-    scores, ids, valid = topk(*arguments, data["k"], *jagged(data["seen"]), **options)
+def test_equals_the_definition_on_lists(place: Place, filter_history: bool, data: dict[str, Any]) -> None:
+    arguments = place.put((data["queries"], data["table"], data["candidates"]))
+    seen = place.put(jagged(data["seen"]))
+    options: dict[str, Any] = {"filter_history": filter_history, "backend": place.backend}
+    ranks = rank_of_target(*arguments, place.put(data["targets"]), *seen, **options)
+    scores, ids, valid = topk(*arguments, data["k"], *seen, **options)
     assert ranks.dtype == ids.dtype == valid.dtype == torch.int64
     assert scores.shape == ids.shape == (len(data["queries"]), data["k"])
     for b, query in enumerate(data["queries"]):
@@ -70,57 +76,185 @@ def test_blocked_equals_reference_on_random_scores(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, contiguous: bool, width: int
 ) -> None:
     # Several blocks, the last one short.
-    monkeypatch.setattr(blocked, "_block_rows", lambda candidates: 7)
-    generator = torch.Generator().manual_seed(width)
-    table = torch.randn(400, width, generator=generator).to(dtype)
-    queries = torch.randn(31, width, generator=generator).to(dtype)
-    candidates = torch.arange(1, 400)
-    if not contiguous:
-        candidates = candidates[torch.rand(399, generator=generator) < 0.7]
-    targets = candidates[torch.randint(0, len(candidates), (31,), generator=generator)]
-    seen = jagged([torch.randint(0, 450, (b,), generator=generator).tolist() for b in range(31)])
-    wanted = rank_of_target(queries, table, candidates, targets, *seen, backend="reference")
-    assert torch.equal(rank_of_target(queries, table, candidates, targets, *seen, backend="cpu"), wanted)
+    monkeypatch.setattr(blocked, "block_rows", lambda candidates, device: 7)
+    data = random_problem(31, 400, width, dtype, contiguous)
+    wanted = rank_of_target(*data.for_rank, backend="reference")
+    assert torch.equal(rank_of_target(*data.for_rank, backend="cpu"), wanted)
     assert len(wanted.unique()) > 5
-    for value, reference in zip(
-        topk(queries, table, candidates, 20, *seen, backend="cpu"),
-        topk(queries, table, candidates, 20, *seen, backend="reference"),
+    for value, expected in zip(
+        topk(*data.for_topk(20), backend="cpu"), topk(*data.for_topk(20), backend="reference"), strict=True
+    ):
+        torch.testing.assert_close(value, expected)
+
+
+class Problem(NamedTuple):
+    queries: Tensor
+    table: Tensor
+    candidates: Tensor
+    targets: Tensor
+    seen: tuple[Tensor, Tensor]
+
+    @property
+    def for_rank(self) -> tuple[Tensor, ...]:
+        return (*self[:4], *self.seen)
+
+    def for_topk(self, k: int) -> tuple[Any, ...]:
+        return (*self[:3], k, *self.seen)
+
+
+def random_problem(batch: int, rows: int, width: int, dtype: torch.dtype, contiguous: bool = True) -> Problem:
+    """Row b has seen b ids, some of them twice, some no candidates; some have seen their target."""
+    generator = torch.Generator().manual_seed(width)
+    candidates = torch.arange(1, rows)
+    if not contiguous:
+        candidates = candidates[torch.rand(rows - 1, generator=generator) < 0.7]
+    targets = candidates[torch.randint(0, len(candidates), (batch,), generator=generator)]
+    seen = [torch.randint(0, rows + 50, (b,), generator=generator).tolist() for b in range(batch)]
+    if batch > 3:
+        seen[3].append(int(targets[3]))
+    table, queries = (torch.randn(size, width, generator=generator).to(dtype) for size in (rows, batch))
+    return Problem(queries, table, candidates, targets, jagged(seen))
+
+
+@pytest.mark.parametrize("place", TRITON)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["range", "gaps"])
+# One split and several, the last one short; one query, blocks of queries, the last one short; one piece of columns.
+@pytest.mark.parametrize(("shape", "k"), [((1, 5, 1), 9), ((40, 400, 50), 20), ((7, 2500, 16), 130), ((3, 300, 96), 1)])
+def test_triton_ranks_within_rounding(
+    shape: tuple[int, int, int], k: int, contiguous: bool, dtype: torch.dtype, place: Place
+) -> None:
+    """No score is off by more than rounding, and no order is unlike that of the exact scores by more."""
+    data = random_problem(*shape, dtype, contiguous)
+    exact = data.queries.double() @ data.table[data.candidates].double().T
+    bound = 1e-6 * float(data.queries.float().norm(dim=1).max() * data.table.float().norm(dim=1).max())
+    for b, ids in enumerate(data.seen[1].split(data.seen[0].diff().tolist())):
+        exact[b, torch.isin(data.candidates, ids)] = float("-inf")
+    own = exact[torch.arange(shape[0]), torch.searchsorted(data.candidates, data.targets)][:, None]
+    hit = own[:, 0] > float("-inf")
+
+    ranks = rank_of_target(*place.put(data.for_rank), backend="triton").cpu()
+    assert torch.equal(ranks > 0, hit)
+    assert bool((~hit | (ranks >= 1 + (exact > own + bound).sum(1))).all())
+    assert bool((~hit | (ranks <= (exact >= own - bound).sum(1))).all())
+
+    scores, ids, valid = (x.cpu() for x in topk(*place.put(data.for_topk(k)), backend="triton"))
+    assert scores.dtype == torch.float32
+    assert torch.equal(valid, (exact > float("-inf")).sum(1).clamp_max(k))
+    held = torch.arange(k) < valid[:, None]
+    best = exact.topk(min(k, exact.shape[1])).values
+    best = torch.cat([best, best.new_full((len(best), k - best.shape[1]), float("-inf"))], dim=1)
+    theirs = exact.gather(1, torch.searchsorted(data.candidates, ids).clamp_max(exact.shape[1] - 1))
+    for name, wanted in (("best", best), ("their own", theirs)):
+        assert bool((~held | ((scores - wanted).abs() <= bound)).all()), name
+    assert bool((held | ((scores == float("-inf")) & (ids == 0))).all())
+    assert bool((scores.diff(dim=1) <= 0)[held[:, 1:]].all())
+    for row, count in zip(ids, valid, strict=True):
+        assert len(set(row[:count].tolist())) == count
+
+
+@pytest.mark.parametrize("place", TRITON)
+def test_triton_takes_rows_in_blocks_of_given_scores(place: Place) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = random_problem(13, 300, 4, torch.float32)
+    # Halves: full of ties.
+    scores = torch.randint(-4, 5, (13, 299), generator=generator) / 2
+    held = place.put(scores.float())
+    candidates, targets, seen = place.put((data.candidates, data.targets, data.seen))
+
+    def blocks() -> list[gpu.Block]:
+        return [(slice(b, min(b + 5, 13)), gpu.given(held[b : b + 5])) for b in (0, 5, 10)]
+
+    wanted = reference.rank_by_scores(scores, data.candidates, data.targets, data.seen)
+    assert torch.equal(gpu.rank_in_blocks(blocks(), candidates, targets, seen).cpu(), wanted)
+    for got, value in zip(
+        gpu.topk_in_blocks(blocks(), candidates, 30, seen, 13),
+        reference.topk_by_scores(scores, data.candidates, 30, data.seen),
         strict=True,
     ):
-        torch.testing.assert_close(value, reference)
+        assert torch.equal(got.cpu(), value.to(got.dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_constant_model_gains_nothing(backend: str) -> None:
-    table, candidates = torch.ones(101, 4), torch.arange(1, 101)
-    targets = torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1
-    ranks = rank_of_target(torch.ones(100, 4), table, candidates, targets, *jagged([[]] * 100), backend=backend)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("place", TRITON)
+def test_triton_leaves_out_what_is_no_number(place: Place) -> None:
+    """On a GPU nothing looks beforehand; the values of a CPU tensor are refused, so the kernels are called directly."""
+    table = torch.tensor([[1.0], [float("nan")], [3.0], [float("-inf")], [2.0]])
+    queries, targets = torch.ones(5, 1), torch.arange(5)
+    ids = torch.arange(5)
+    ranks = gpu.rank_of_target(*place.put((queries, table, ids, targets)), None)
+    assert ranks.tolist() == [3, 0, 1, 0, 2]
+    scores, best, valid = gpu.topk(*place.put((queries[:1], table, ids)), 4, None)
+    assert scores.tolist() == [[3.0, 2.0, 1.0, float("-inf")]]
+    assert (best.tolist(), valid.tolist()) == ([[2, 4, 0, 0]], [3])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_constant_model_gains_nothing(place: Place) -> None:
+    table, candidates = place.put((torch.ones(101, 4), torch.arange(1, 101)))
+    queries, targets = place.put((torch.ones(100, 4), torch.randperm(100, generator=torch.Generator()) + 1))
+    nothing, something = place.put((jagged([[]] * 100), jagged([[2], []])))
+    ranks = rank_of_target(queries, table, candidates, targets, *nothing, backend=place.backend)
     assert torch.equal(ranks, targets)
-    _, ids, _ = topk(torch.ones(2, 4), table, candidates, 5, *jagged([[2], []]), backend=backend)
+    _, ids, _ = topk(queries[:2], table, candidates, 5, *something, backend=place.backend)
     assert ids.tolist() == [[1, 3, 4, 5, 6], [1, 2, 3, 4, 5]]
 
 
-def test_target_never_outranks_its_own_copies_by_rounding() -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_target_never_outranks_its_own_copies_by_rounding(place: Place) -> None:
     generator = torch.Generator().manual_seed(3)
     # Every row twice: the second copy of a row must stand right behind the first, whatever the product rounds to.
-    table = torch.randn(500, 50, generator=generator).repeat_interleave(2, dim=0)
-    queries, none_seen = torch.randn(64, 50, generator=generator), jagged([[]] * 64)
-    first = 2 * torch.randint(0, 500, (64,), generator=generator)
-    candidates = torch.arange(1000)
-    ahead = rank_of_target(queries, table, candidates, first, *none_seen)
-    behind = rank_of_target(queries, table, candidates, first + 1, *none_seen)
+    table = place.put(torch.randn(500, 50, generator=generator).repeat_interleave(2, dim=0))
+    queries, none_seen = place.put((torch.randn(64, 50, generator=generator), jagged([[]] * 64)))
+    first = place.put(2 * torch.randint(0, 500, (64,), generator=generator))
+    candidates = place.put(torch.arange(1000))
+    ahead = rank_of_target(queries, table, candidates, first, *none_seen, backend=place.backend)
+    behind = rank_of_target(queries, table, candidates, first + 1, *none_seen, backend=place.backend)
     assert torch.equal(behind, ahead + 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_misses(backend: str) -> None:
-    table, candidates = torch.eye(5), torch.tensor([1, 2, 4])
-    targets = torch.tensor([2, 3, 0, 99, 2])
+@pytest.mark.parametrize("place", PLACES)
+def test_misses(place: Place) -> None:
     seen = jagged([[2, 2], [], [], [], [1, 1, 0, 99]])
-    queries = torch.ones(5, 5)
-    assert rank_of_target(queries, table, candidates, targets, *seen, backend=backend).tolist() == [0, 0, 0, 0, 1]
-    unfiltered = rank_of_target(queries, table, candidates, targets, *seen, filter_history=False, backend=backend)
-    assert unfiltered.tolist() == [2, 0, 0, 0, 2]
+    targets = torch.tensor([2, 3, 0, 99, 2])
+    arguments = place.put((torch.ones(5, 5), torch.eye(5), torch.tensor([1, 2, 4]), targets, *seen))
+    ranks = partial(rank_of_target, *arguments, backend=place.backend)
+    assert ranks().tolist() == [0, 0, 0, 0, 1]
+    assert ranks(filter_history=False).tolist() == [2, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize("place", FAST_PLACES)
+def test_operators_are_registered_soundly(place: Place) -> None:
+    data, triton = Problem(*place.put(tuple(random_problem(5, 40, 8, torch.float32)))), place.backend == "triton"
+    for seen in (data.seen, (None, None)):
+        torch.library.opcheck(torch.ops.gr.rank_of_target.default, (*data[:4], *seen, triton))
+        torch.library.opcheck(torch.ops.gr.topk.default, (*data[:3], 7, *seen, triton))
+
+
+@pytest.mark.parametrize("place", FAST_PLACES)
+def test_is_compiled_whole(place: Place) -> None:
+    data = random_problem(5, 40, 8, torch.float32)
+
+    def both(*arguments: Tensor) -> tuple[Tensor, ...]:
+        ranks = rank_of_target(*arguments, backend=place.backend)
+        return ranks, *topk(*arguments[:3], 7, *arguments[4:], backend=place.backend)
+
+    arguments = place.put(data.for_rank)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(*arguments), both(*arguments), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_strided_inputs(place: Place) -> None:
+    data = random_problem(9, 70, 16, torch.float32)
+    plain = rank_of_target(*data.for_rank, backend="reference")
+    wide = torch.full((79, 40), float("nan"))
+    wide[:9, 3:19], wide[9:, 20:36] = data.queries, data.table
+    ids = torch.stack([data.candidates, -data.candidates], dim=1)[:, 0]
+    for pair in ((wide[:9, 3:19], wide[9:, 20:36]), (data.queries.T.clone().T, data.table.T.clone().T)):
+        arguments = place.put((*pair, ids, data.targets, *data.seen))
+        assert torch.equal(rank_of_target(*arguments, backend=place.backend).cpu(), plain)
 
 
 def test_ids_above_two_to_the_24_stay_apart() -> None:
@@ -138,7 +272,7 @@ def test_bad_arguments_are_named(function: str) -> None:
     queries, table, candidates = torch.ones(2, 3), torch.ones(6, 3), torch.arange(1, 6)
     seen = jagged([[], []])
 
-    def call(queries: torch.Tensor, table: torch.Tensor, candidates: torch.Tensor, seen: tuple[Any, Any]) -> None:
+    def call(queries: Tensor, table: Tensor, candidates: Tensor, seen: tuple[Any, Any]) -> None:
         if function == "rank":
             rank_of_target(queries, table, candidates, torch.tensor([1, 2])[: len(queries)], *seen)
         else:
@@ -168,6 +302,6 @@ def test_k_and_targets_are_checked() -> None:
 
 def test_blocks_stay_within_their_bounds() -> None:
     for candidates in (1, 3_883, 10**6, 10**9):
-        rows = blocked._block_rows(candidates)
+        rows = blocked.block_rows(candidates, torch.device("cpu"))
         assert rows >= 1
         assert rows == 1 or rows * candidates <= 2**26

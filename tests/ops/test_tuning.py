@@ -208,6 +208,7 @@ def test_launch_takes_the_grid_of_its_configuration_and_skips_an_empty_one(table
 def test_tables_name_kernels_and_their_block_sizes(op: str) -> None:
     pytest.importorskip("triton")
     modules = [importlib.import_module(f"ops.{op}.{path.stem}") for path in ROOT.glob(f"ops/{op}/*kernels.py")]
+    options = {"num_warps", "num_stages", "maxnreg"}
     for name, entry in Table(op).kernels.items():
         kernel = next(getattr(module, name) for module in modules if hasattr(module, name))
         rows = entry["rows"]
@@ -216,12 +217,13 @@ def test_tables_name_kernels_and_their_block_sizes(op: str) -> None:
         assert all("up_to" in row for row in rows[:-1])
         assert "up_to" not in rows[-1], f"{name}: the last row must take every key"
         for config in [entry["interpreted"], *(c for row in rows for c in (row["default"], *row.get("others", [])))]:
-            blocks = set(config) - {"num_warps", "num_stages"}
-            assert blocks == set(entry["interpreted"]) - {"num_warps", "num_stages"}, f"{name}: {config}"
+            blocks = set(config) - options
+            assert blocks == set(entry["interpreted"]) - options, f"{name}: {config}"
             assert blocks <= set(kernel.arg_names), f"{name}: {config}"
             if config is not entry["interpreted"]:
                 assert config["num_warps"] in (1, 2, 4, 8, 16), f"{name}: {config}"
                 assert config["num_stages"] >= 1, f"{name}: {config}"
+                assert config.get("maxnreg", 255) in (64, 128, 255), f"{name}: {config}"
 
 
 COMPILING = """
