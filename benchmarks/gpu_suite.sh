@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All GPU tests, all op benchmarks and the training throughput on MovieLens-1M, in under nine minutes on one GPU.
+# All GPU tests, all op benchmarks, the training throughput on MovieLens-1M and a step in the shape of MovieLens-20M, in
+# under nine minutes on one GPU.
 #
 #     bash benchmarks/gpu_suite.sh
 #
@@ -10,7 +11,7 @@
 #   OUT=DIR               also put gpu_suite.log and results.tar.gz (the csv files) there; default benchmarks/results
 #   DATA_DIR=DIR          prepared datasets; default tmp. Without ml-1m there it is prepared from ML_1M_ZIP=FILE, and
 #                         without that a synthetic dataset takes its place
-#   GPU_SUITE_TRAIN=1     afterwards the published training of 101 epochs, which the nine minutes do not include
+#   GPU_SUITE_TRAIN=1     afterwards the published training of HSTU-large, which the nine minutes do not include
 #   GPU_SUITE_OPS="A B"   these ops only
 #   GR_COMMIT=NAME        the commit that the rows name, where the code is no checkout
 #   GPU_SUITE_DEVICE=cpu  try the script where there is no GPU: smallest shapes, once, nothing kept but in OUT
@@ -29,14 +30,14 @@ if [ "$DEVICE" = cpu ]; then
     OUT=${OUT:-$(mktemp -d)}
     RESULTS=$OUT/csv
     EFFORT=(--quick)
-    STEPS=6
+    STEPS=4
     USERS=1000
     export CUDA_VISIBLE_DEVICES=
 fi
 OUT=${OUT:-$RESULTS}
-# Seconds since the start at which the tests, the op benchmarks and the throughput must have ended.
+# Seconds since the start at which the tests, the op benchmarks and the rest must have ended.
 TESTS_END=170
-OPS_END=440
+OPS_END=420
 END=525
 TRAIN_LIMIT=1500
 WRONG=()
@@ -147,9 +148,19 @@ throughput() {
     done
 }
 
+ml_20m_step() {
+    local bf16 bindings=()
+    [ "$DEVICE" = cpu ] && bindings=(--gin_bindings="train_fn.local_batch_size = 4")
+    for bf16 in True False; do
+        part "ML-20M step, bf16 $bf16" 40 $END "$PYTHON" benchmarks/e2e/ml_20m_step.py --steps "$STEPS" \
+            --gin_bindings="train_fn.main_module_bf16 = $bf16" "${bindings[@]}" \
+            --profile "$OUT/ml_20m_step_bf16_$bf16.txt" --results "$RESULTS"
+    done
+}
+
 training() {
     part "101 epochs" $TRAIN_LIMIT $((SECONDS + TRAIN_LIMIT)) "$PYTHON" main.py \
-        --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin \
+        --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-large-final.gin \
         --gin_bindings="train_fn.dataset_name = '$DATASET'" --data_dir="$DATA_DIR" --exps_dir="$OUT/exps"
 }
 
@@ -174,6 +185,7 @@ suite() {
         op_benchmarks "$ops"
         dataset
         throughput
+        ml_20m_step
         [ "${GPU_SUITE_TRAIN:-}" = 1 ] && training
     fi
     summary

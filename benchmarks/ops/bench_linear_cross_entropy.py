@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         table = torch.zeros(9, width, dtype=table_dtype, requires_grad=True)
         # A range of ids is read in place.
         catalogue = torch.tensor([1, 2, 5]) if full else torch.arange(1, 9)
-        options = {"temperature": TEMPERATURE, "l2_norm": full, "backend": "triton"}
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "l2_norm": full, "backend": "triton"}
         try:
             losses = linear_cross_entropy(queries, table, catalogue, torch.tensor([1, 2, 5]), **options)
             losses.sum().backward()

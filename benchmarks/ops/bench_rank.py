@@ -81,6 +81,7 @@ def torch_best(inputs: Inputs) -> tuple[Tensor, ...]:
 BENCHMARK = Benchmark(
     op="rank",
     shapes={
+        "ml-100k": {"users": 943, "items": 1_682, "width": 50, "history": 105},
         "ml-1m": {"users": 6_040, "items": 3_883, "width": 50, "history": 211},
         "million": {"users": 2_048, "items": 1_000_000, "width": 64, "history": 211},
     },
