@@ -71,7 +71,7 @@ class Benchmark:
     the provider does; backward counts `backward_flops` times the forward's operations.
     skip(provider, shape name, "cpu" or "cuda"): what not to run, for instance where it would not fit.
     agree: largest difference from the op, relative to the largest value of a tensor, by dtype or for all; `unlike`
-    names the providers that compute something else.
+    names the providers that compute something else: they are not compared, and have no rates.
     """
 
     op: str
@@ -190,6 +190,8 @@ class Benchmark:
     def rates(self, shape: str, dtype: str, row: Row) -> Row:
         """TFLOP/s of the step and GB/s of forward, where the benchmark counts them."""
         found: Row = {}
+        if row["provider"] in self.unlike:
+            return found
         if self.flops is not None:
             flops = self.flops(self.sizes(shape)) * (1 + self.backward_flops * ("backward_ms" in row))
             found["tflops"] = flops / row["total_ms"] / 1e9

@@ -126,10 +126,10 @@ def _float32_of(bits: np.ndarray) -> np.ndarray:
 
 
 def repair_interpreter() -> None:
-    """Make Triton's interpreter treat bfloat16 as a GPU does.
+    """Make Triton's interpreter compute as a GPU does where it does not.
 
-    In Triton 3.7 it rounds float32 to bfloat16 by cutting bits off, and multiplies matrices of bfloat16 as if their
-    bits were integers.
+    In Triton 3.7 it rounds float32 to bfloat16 by cutting bits off, multiplies matrices of bfloat16 as if their bits
+    were integers, and adds along any axis but the last one by one, where a GPU adds in a tree.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -151,6 +151,12 @@ def repair_interpreter() -> None:
 
         return dot(self, widened(a), widened(b), d, *rest)
 
+    def sum_as_a_tree(self: Any, x: Any) -> Any:
+        values, axis = (x.handle.data.ravel(), 0) if self.axis is None else (x.handle.data, self.axis)
+        added = np.ascontiguousarray(np.moveaxis(values, axis, -1)).sum(axis=-1, keepdims=self.keep_dims)
+        return self.to_tensor(np.moveaxis(added, -1, axis) if self.keep_dims else added, x.dtype)
+
+    interpreter.ReduceOps.sum = sum_as_a_tree
     interpreter._convert_float = faithful_convert
     interpreter.InterpreterBuilder.create_dot = faithful_dot
 
