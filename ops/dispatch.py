@@ -3,8 +3,7 @@
 An op is one `Op` object holding a reference and, where they exist, faster implementations ("cpu": C++ compiled on
 first use, or blocked PyTorch; "triton": GPU kernels; "fbgemm": those of fbgemm_gpu). The choice, in falling priority:
 the `backend=` argument of the call, an enclosing `with ops.backend(...)`, the environment variable `GR_OPS`, then the
-fastest one that accepts the arguments. `ops.explain()` lists every op with what "auto" would take on this machine and
-the reason.
+fastest one that accepts the arguments. `ops.explain()` lists every op with what runs on this machine and the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +43,18 @@ class Implementation:
 @torch.compiler.assume_constant_result
 def _preferred() -> str:
     """The process's wish; `torch.compile` cannot trace a ContextVar and keeps the answer it had while compiling."""
-    return _override.get() or os.environ.get("GR_OPS", "auto")
+    return _override.get() or os.environ.get("GR_OPS") or "auto"
+
+
+def _without_autocast() -> AbstractContextManager[object]:
+    # A compiled graph holds operators, which autocast does not reach into.
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 @dataclass
@@ -59,6 +69,11 @@ class Op:
         _OPS[self.name] = self
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        """Run the chosen form in the precision of its arguments: autocast would reach into some forms, not others."""
+        with _without_autocast():
+            return self._run(*args, backend=backend, **kwargs)
+
+    def _run(self, *args: Any, backend: str | None, **kwargs: Any) -> Any:
         wanted = backend or _preferred()
         if wanted not in BACKENDS:
             raise ValueError(f"backend of {self.name}: got {wanted!r}, expected one of {', '.join(BACKENDS)}")
@@ -87,7 +102,15 @@ class Op:
         return {name: x for name, x in self.implementations.items() if name != "triton"}
 
     def describe(self) -> tuple[str, str]:
-        """The back-end "auto" takes on this machine and the reason the faster ones are not taken."""
+        """The back-end that runs on this machine and the reason the faster ones are not taken."""
+        wanted = _preferred()
+        if wanted != "auto":
+            asked = f"{wanted} is asked for"
+            found = self.implementations.get(wanted)
+            reason = "it has none" if found is None else found.refuses()
+            if wanted == "reference" or reason is None:
+                return wanted, asked
+            return "reference", f"{asked}: {reason}"
         reasons: list[str] = []
         for name, implementation in self.implementations.items():
             reason = implementation.refuses()

@@ -3,7 +3,8 @@
 The sources include nothing of PyTorch: functions take raw pointers and sizes. A build therefore takes seconds, needs
 only a C++17 compiler with OpenMP, and cannot break on a PyTorch ABI. The shared library is cached under a name that
 holds a hash of sources, flags, compiler and processor, and is written aside and renamed, so concurrent processes do
-not meet. Without a compiler `library()` returns None, `reason()` says why, and every op runs its reference.
+not meet; beside it stands its own hash, without which it is built anew. Without a compiler `library()` returns None,
+`reason()` says why, and every op runs its reference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -33,8 +35,17 @@ _state: dict[Path, tuple[ctypes.CDLL | None, str]] = {}
 
 def cache_folder() -> Path:
     """Where compiled kernels and tuning results are kept: GR_CACHE, else the user's cache folder."""
-    root = os.environ.get("GR_CACHE") or os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
+    root = os.environ.get("GR_CACHE") or os.environ.get("XDG_CACHE_HOME") or _home_cache()
     return Path(root) / "generative_recommenders"
+
+
+@functools.cache
+def _home_cache() -> str:
+    try:
+        return str(Path.home() / ".cache")
+    except RuntimeError:
+        # A user without a home, as in many containers: private, and gone with the machine's temporary files.
+        return tempfile.mkdtemp(prefix="cache-")
 
 
 @functools.cache
@@ -68,25 +79,38 @@ def _build(source: Path) -> tuple[ctypes.CDLL | None, str]:
     for part in (*_FLAGS, compiler, _processor(), *_openmp_runtime()):
         digest.update(part.encode())
     target = cache_folder() / "native" / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.so"
-    if not target.exists():
+    checksum = target.with_suffix(".sha256")
+    if not _is_whole(target, checksum):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 built = Path(folder) / "built.so"
                 include = f"-I{Path(__file__).parent}"
-                command = [compiler, *_FLAGS, include, str(source), *_openmp_runtime(), "-o", str(built)]
-                logger.info("compiling %s (once)", source.name)
+                command = [*shlex.split(compiler), *_FLAGS, include, str(source), *_openmp_runtime(), "-o", str(built)]
+                logger.info("compiling %s of %s (once)", source.name, source.parent.name)
                 done = subprocess.run(command, capture_output=True, text=True, timeout=300)
                 if done.returncode != 0:
-                    first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr[:200])
-                    return None, f"{compiler} failed on {source.name}: {first.strip()}"
+                    first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr[:200]).strip()
+                    why = first or f"exit status {done.returncode}"
+                    return None, f"{compiler} failed on {source.name} of {source.parent.name}: {why}"
+                noted = Path(folder) / "noted"
+                noted.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
                 os.replace(built, target)
-        except (OSError, subprocess.SubprocessError) as error:
-            return None, f"could not compile {source.name}: {error}"
+                os.replace(noted, checksum)
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            return None, f"could not compile {source.name} of {source.parent.name}: {error}"
     try:
         return ctypes.CDLL(str(target)), ""
     except OSError as error:
         return None, f"could not load {target.name}: {error}"
+
+
+def _is_whole(target: Path, checksum: Path) -> bool:
+    """Whether the library is the one that was built: half a library does not fail to load, it kills the process."""
+    try:
+        return hashlib.sha256(target.read_bytes()).hexdigest() == checksum.read_text()
+    except OSError:
+        return False
 
 
 def library(source: Path) -> ctypes.CDLL | None:

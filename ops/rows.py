@@ -22,8 +22,8 @@ _extents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def extent(ids_X: Tensor) -> Extent:
-    """Of one id or more. A GPU is waited for, once: a tensor is read again only after it was written to."""
-    if ids_X.is_inference():
+    """Of one id or more. A GPU is waited for, once: there a tensor is read again only after PyTorch wrote to it."""
+    if ids_X.device.type == "cpu" or ids_X.is_inference():
         return _read_extent(ids_X)
     version, found = _extents.get(ids_X, (None, None))
     if version != ids_X._version:

@@ -111,6 +111,9 @@ def _fastest(name: str, listed: list[Config], measure: Callable[[Config], bool])
         except Exception as error:
             # A candidate that asks for more shared memory than this device has is no candidate here.
             logger.info("tuning %s: %s does not run: %s", name, config, error)
+    if not times:
+        # The launch that follows says why the default does not run.
+        return listed[0]
     milliseconds, index = min(times)
     logger.info("tuning %s: %s, %.3f ms", name, listed[index], milliseconds)
     return listed[index]
@@ -124,10 +127,10 @@ def _device_file() -> Path:
 @functools.lru_cache(maxsize=8)
 def _saved(path: Path) -> dict[str, Config]:
     try:
-        saved: dict[str, Config] = json.loads(path.read_text())
+        saved = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return saved
+    return saved if isinstance(saved, dict) else {}
 
 
 def _save(path: Path, name: str, config: Config) -> None:

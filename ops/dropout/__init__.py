@@ -44,6 +44,8 @@ def dropout(
     """
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"dropout rate: got {rate}, expected 0 <= rate < 1")
+    if not x_TD.is_floating_point():
+        raise ValueError(f"dropout x: got {x_TD.dtype}, expected floats")
     if keys_T.dtype != torch.int64 or x_TD.dim() < 1 or keys_T.shape != x_TD.shape[:1]:
         got = f"{keys_T.dtype} {tuple(keys_T.shape)} for x {tuple(x_TD.shape)}"
         raise ValueError(f"dropout keys: got {got}, expected int64 (T,) and (T, ...)")

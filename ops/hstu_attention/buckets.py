@@ -12,10 +12,13 @@ import functools
 
 import torch
 
+from ops.tracing import tracing
+
 _BASE = decimal.Decimal("0.301")
 _LARGEST = 2**63 - 1
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _threshold_values(num_buckets: int) -> tuple[int, ...]:
     # 60 digits hold exp(0.301 b) far past 2^63, so that the ceiling is exact where a double would round.
@@ -29,11 +32,16 @@ def _threshold_values(num_buckets: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=64)
+def _thresholds(num_buckets: int, device: torch.device | str) -> torch.Tensor:
+    return torch.tensor(_threshold_values(num_buckets), dtype=torch.int64, device=device)
+
+
 def time_bucket_thresholds(num_buckets: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """First |time difference| of buckets 1..num_buckets: int64 (num_buckets,), cached; do not write into it."""
     if num_buckets < 0:
         raise ValueError(f"num_buckets: got {num_buckets}, expected at least 0")
-    return torch.tensor(_threshold_values(num_buckets), dtype=torch.int64, device=device)
+    # What a tracer makes is of use to it alone, and must not stay in the cache.
+    return (_thresholds.__wrapped__ if tracing() else _thresholds)(num_buckets, device)
 
 
 def time_bucket(delta: torch.Tensor, num_buckets: int) -> torch.Tensor:

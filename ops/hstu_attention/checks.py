@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ops.hstu_attention.arguments import CachedInputs, Inputs, Settings
+from ops.tracing import check_offsets
 
 
 def _fail(what: str, got: object, expected: str) -> NoReturn:
@@ -46,6 +47,8 @@ def _heads_and_dims(q: Tensor, k: Tensor, v: Tensor) -> None:
         _fail("q", tuple(q.shape), f"the heads and dim of k, {tuple(k.shape)}")
     if v.shape[:2] != k.shape[:2]:
         _fail("v", tuple(v.shape), f"the rows and heads of k, {tuple(k.shape)}")
+    if 0 in (*q.shape[1:], v.shape[2]):
+        _fail("heads and dims of q and v", f"{tuple(q.shape[1:])} and {tuple(v.shape[1:])}", "at least one each")
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         _fail("dtypes of q, k, v", f"{q.dtype}, {k.dtype}, {v.dtype}", "one floating point type")
 
@@ -59,6 +62,8 @@ def constant_scale(scale: float | Tensor | None, max_seq_len: int) -> float:
 
 def _shared(x: Inputs | CachedInputs, s: Settings, batch: int) -> None:
     heads = x.q.shape[1]
+    if not isinstance(s.alpha, int | float):
+        _fail("alpha", type(s.alpha).__name__, "a number; multiply q by what is a tensor")
     if x.scales is not None:
         if tuple(x.scales.shape) != (batch,) or not x.scales.is_floating_point():
             got = f"{x.scales.dtype} {tuple(x.scales.shape)}"
@@ -81,6 +86,7 @@ def attention(x: Inputs, s: Settings) -> None:
     if not 0.0 <= s.dropout_rate < 1.0:
         _fail("dropout_rate", s.dropout_rate, "0 <= rate < 1")
     _shared(x, s, _offsets("offsets", x.offsets))
+    check_offsets("hstu_attention: offsets", x.offsets, x.q.shape[0])
     if x.time_weights is not None and (x.query_times is None or x.key_times is None):
         _fail("time_weights", "no query_times or no key_times", "both times")
     for name in ("query_times", "key_times", "row_keys"):
@@ -101,6 +107,10 @@ def cached_attention(x: CachedInputs, s: Settings) -> None:
     batch = _offsets("q_offsets", x.q_offsets)
     if _offsets("cache_offsets", x.cache_offsets) != batch:
         _fail("cache_offsets", tuple(x.cache_offsets.shape), f"the rows of q_offsets, ({batch + 1},)")
+    check_offsets("hstu_attention: q_offsets", x.q_offsets, queries)
+    check_offsets("hstu_attention: cache_offsets", x.cache_offsets, cached)
+    if s.max_queries < 1 and queries > 0:
+        _fail("max_queries", s.max_queries, "at least 1")
     _shared(x, s, batch)
     if x.time_weights is not None:
         missing = x.query_times is None or x.cache_times is None or (x.k is not None and x.key_times is None)

@@ -166,6 +166,12 @@ inline float exponential(float x) {
 
 inline double exponential(double x) { return std::exp(x); }
 
+// Below it SiLU and its slope are nothing, but the exponential, which ends at 88, would say otherwise of -1e38.
+template <class T>
+inline T not_far_below(T z) {
+  return z < T(-87) ? T(-87) : z;
+}
+
 // to[j] += table[index[j]]; whole vectors, so that both arrays have Buckets::kPadding more elements than count.
 inline void add_looked_up(const float* table, const int32_t* index, int64_t count, float* to) {
   int64_t j = 0;
@@ -186,7 +192,7 @@ inline void add_looked_up(const double* table, const int32_t* index, int64_t cou
 template <class T>
 void activate(int64_t count, T alpha, const T* __restrict bias, const T* __restrict factor, T* __restrict scores) {
   for (int64_t j = 0; j < count; ++j) {
-    const T z = alpha * scores[j] + bias[j];
+    const T z = not_far_below(alpha * scores[j] + bias[j]);
     scores[j] = z * factor[j] / (T(1) + exponential(-z));
   }
 }
@@ -196,7 +202,7 @@ template <class T>
 void activate_backward(int64_t count, T alpha, const T* __restrict bias, const T* __restrict factor,
                        T* __restrict scores, T* __restrict grads) {
   for (int64_t j = 0; j < count; ++j) {
-    const T z = alpha * scores[j] + bias[j];
+    const T z = not_far_below(alpha * scores[j] + bias[j]);
     const T gate = T(1) / (T(1) + exponential(-z));
     const T scaled = gate * factor[j];
     scores[j] = z * scaled;

@@ -74,7 +74,12 @@ def _bias(x: Inputs | CachedInputs, key_times: Tensor | None, s: Settings) -> Bi
 def _mask(x: Inputs | CachedInputs, s: Settings) -> Mask:
     window = s.max_attn_len or None
     full_tail = (s.min_full_attn_seq_len or None) if window else None
-    return Mask(_contiguous(x.num_targets), window, s.contextual_seq_len or None, full_tail)
+    targets = x.num_targets
+    if s.contextual_seq_len > 0 and targets is None:
+        # In a row shorter than the context nobody sees a span that holds himself, which is so with targets only.
+        rows = x.offsets if isinstance(x, Inputs) else x.q_offsets
+        targets = rows.new_zeros(rows.shape[0] - 1)
+    return Mask(_contiguous(targets), window, s.contextual_seq_len or None, full_tail)
 
 
 def _drop(s: Settings, row_keys: Tensor | None) -> Drop:

@@ -3,8 +3,7 @@
 Row b is values[offsets[b]:offsets[b + 1]]. These ops make and read offsets, pad and unpad rows, join and cut them, and
 multiply each row by a matrix of its own. Values are moved, not computed with: bool, integer and float types keep every
 bit, and gradients are the opposite move. No op loops over rows in Python, and none waits for a GPU, which is why sizes
-that only the offsets know are arguments; the one exception says so. Offsets are trusted on a GPU and checked by the
-C++ form on a CPU.
+that only the offsets know are arguments; the one exception says so. Offsets are trusted on a GPU and checked on a CPU.
 
 Sources: the jagged operators of FBGEMM, and `concat_2D_jagged`, `split_2D_jagged` and `jagged_dense_bmm_broadcast_add`
 of the published HSTU code, here for any trailing dimensions and without the longest length on the host.
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ops.dispatch import Implementation, Op
 from ops.jagged import cpu, fbgemm, gpu, operator, reference
+from ops.tracing import check_offsets
 
 __all__ = [
     "concat_jagged",
@@ -150,8 +150,8 @@ def jagged_to_padded(
     padding_value: any number the values' type holds, rounded to it; infinities and NaN for floats. Gradient: values,
     where nothing flows to what was cut. Raises ValueError for a padding that the type does not hold.
     """
-    _check_offsets("jagged_to_padded", offsets)
     _check_values("jagged_to_padded values", values, 1)
+    _check_offsets("jagged_to_padded", offsets, values.shape[0])
     _check_size("jagged_to_padded max_len", max_len)
     _check_padding(values.dtype, padding_value)
     padded: Tensor = _jagged_to_padded(values, offsets, max_len, padding_value, backend=backend)
@@ -211,8 +211,8 @@ def split_jagged(
 
     total: the number of values of the side given by offsets; None reads it from the offsets, which waits for a GPU.
     """
-    _check_offsets("split_jagged", offsets)
     _check_values("split_jagged values", values, 1)
+    _check_offsets("split_jagged", offsets, values.shape[0])
     given = [x for x in (left_offsets, right_offsets, left_len, right_len) if x is not None]
     if len(given) != 1:
         _fail("split_jagged", f"{len(given)} shares", "one of left_offsets, right_offsets, left_len and right_len")
@@ -247,8 +247,8 @@ def last_n(
     n: a number, or one for each row, int64 (B,), where a negative one counts as 0. total: T', the number of values that
     are left, where the caller knows it; None reads it from the offsets, which waits for a GPU. Gradient: values.
     """
-    _check_offsets("last_n", offsets)
     _check_values("last_n values", values, 1)
+    _check_offsets("last_n", offsets, values.shape[0])
     if isinstance(n, Tensor):
         if n.dtype != torch.int64 or n.shape != (offsets.shape[0] - 1,):
             _fail("last_n n", _shown(n), f"a number or int64 ({offsets.shape[0] - 1},)")
@@ -275,10 +275,10 @@ def jagged_dense_bmm(
     All of one float dtype; products of bfloat16 and float16 are summed in float32 and rounded once. Gradients: values,
     weight and bias, each summed in a fixed order.
     """
-    _check_offsets("jagged_dense_bmm", offsets)
-    batch = offsets.shape[0] - 1
     if values_TK.dim() != 2 or not values_TK.is_floating_point():
         _fail("jagged_dense_bmm values", _shown(values_TK), "floats (T, K)")
+    _check_offsets("jagged_dense_bmm", offsets, values_TK.shape[0])
+    batch = offsets.shape[0] - 1
     dtype, inner = values_TK.dtype, values_TK.shape[1]
     if weight_BKN.dtype != dtype or weight_BKN.dim() != 3 or weight_BKN.shape[:2] != (batch, inner):
         _fail("jagged_dense_bmm weight", _shown(weight_BKN), f"{dtype} ({batch}, {inner}, N)")
@@ -296,11 +296,13 @@ def _shown(x: Tensor) -> str:
     return f"{x.dtype} {tuple(x.shape)}"
 
 
-def _check_offsets(name: str, offsets: Tensor, total: int = 0, batch: int | None = None) -> None:
+def _check_offsets(name: str, offsets: Tensor, total: int | None = None, batch: int | None = None) -> None:
     wrong = offsets.dtype != torch.int64 or offsets.dim() != 1 or offsets.shape[0] < 1
     if wrong or (batch is not None and offsets.shape[0] != batch + 1):
         _fail(f"{name} offsets", _shown(offsets), f"int64 ({'B' if batch is None else batch} + 1,)")
-    _check_size(f"{name} total", total)
+    if total is not None:
+        _check_size(f"{name} total", total)
+    check_offsets(f"{name} offsets", offsets, total)
 
 
 def _check_values(what: str, x: Tensor, dims: int, batch: int | None = None) -> None:
@@ -328,7 +330,7 @@ def _jagged_side(name: str, x: Tensor, offsets: Tensor | None) -> tuple[Tensor, 
     """A side of `concat_jagged` as jagged values and offsets."""
     _check_values(f"concat_jagged {name}", x, 2 if offsets is None else 1)
     if offsets is not None:
-        _check_offsets(f"concat_jagged {name}", offsets)
+        _check_offsets(f"concat_jagged {name}", offsets, x.shape[0])
         return x, offsets
     return x.flatten(0, 1), _even_offsets(x.shape[0], x.shape[1], x.device)
 

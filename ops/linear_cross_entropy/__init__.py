@@ -57,6 +57,9 @@ def linear_cross_entropy(
     if not fits or target_ids_T.shape != queries_TD.shape[:1]:
         shapes = [tuple(x.shape) for x in (queries_TD, table_VD, target_ids_T)]
         raise ValueError(f"linear_cross_entropy shapes: got {shapes}, expected (T, D), (V, D), (T,)")
+    if not (queries_TD.is_floating_point() and table_VD.is_floating_point() and queries_TD.shape[1] > 0):
+        got = f"{queries_TD.dtype} {tuple(queries_TD.shape)} and {table_VD.dtype} {tuple(table_VD.shape)}"
+        raise ValueError(f"linear_cross_entropy queries and table: got {got}, expected floats of at least one column")
     if catalogue_ids_X.dtype != torch.int64 or target_ids_T.dtype != torch.int64 or catalogue_ids_X.dim() != 1:
         got = f"{catalogue_ids_X.dtype} {tuple(catalogue_ids_X.shape)} and {target_ids_T.dtype}"
         raise ValueError(f"linear_cross_entropy ids: got {got}, expected int64 (X,) and int64 (T,)")

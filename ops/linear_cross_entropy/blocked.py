@@ -42,8 +42,9 @@ def _forward_whole_rows(queries_TD: Tensor, items_XD: Tensor, needs_grad: bool) 
     step = max(_BLOCK_LOGITS // items, 32)
     buffer = queries_TD.new_empty(min(step, tokens), items)
     lse_T = queries_TD.new_empty(tokens)
-    means_TD = torch.empty_like(queries_TD) if needs_grad else queries_TD[:0]
-    mass_XD = torch.zeros_like(items_XD) if needs_grad else items_XD[:0]
+    # What an operator returns must be no part of what it was given.
+    means_TD = torch.empty_like(queries_TD) if needs_grad else queries_TD.new_empty(0, queries_TD.shape[1])
+    mass_XD = torch.zeros_like(items_XD) if needs_grad else items_XD.new_empty(0, items_XD.shape[1])
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         block_tD = queries_TD[rows]

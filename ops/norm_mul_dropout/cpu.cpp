@@ -167,9 +167,11 @@ class Token {
       std::fill(slope, slope + width_, T(1));
     } else if (p_.activation == kSilu) {
       for (int64_t d = 0; d < width_; ++d) {
-        const T gate = T(1) / (T(1) + gr::fast_exp(-u_[d]));
-        activated[d] = u_[d] * gate;
-        slope[d] = gate * (T(1) + u_[d] * (T(1) - gate));
+        // Below -87 SiLU is nothing, but the exponential, which ends at 88, would say otherwise of -1e38.
+        const T u = u_[d] < T(-87) ? T(-87) : u_[d];
+        const T gate = T(1) / (T(1) + gr::fast_exp(-u));
+        activated[d] = u * gate;
+        slope[d] = gate * (T(1) + u * (T(1) - gate));
       }
     } else {
       for (int64_t d = 0; d < width_; ++d) {

@@ -30,6 +30,7 @@ from torch import Tensor
 from ops.dispatch import Implementation, Op
 from ops.position_embedding import gpu, operator, reference
 from ops.position_embedding.buckets import TimeScale, time_bucket
+from ops.tracing import check_offsets
 
 __all__ = ["position_embedding", "time_bucket"]
 
@@ -88,6 +89,7 @@ def position_embedding(
         _fail("x", f"{x_TD.dtype} {tuple(x_TD.shape)}", "floats of (T, D)")
     total, width = x_TD.shape
     _check_tensor("offsets", offsets, torch.int64, "B + 1")
+    check_offsets("position_embedding offsets", offsets, total)
     _check_tensor("position_table", position_table_PD, None, "P", width)
     _check_tensor("time_table", time_table, None, "buckets + 1", width)
     _check_tensor("timestamps", timestamps, torch.int64, total)

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ops.tracing import tracing
+
 TimeScale = Literal["sqrt", "log"]
 _LARGEST = 2**63 - 1
 
@@ -52,7 +54,8 @@ def bucket_offsets(num_buckets: int, unit: float, scale: TimeScale, device: torc
 
     int64, cached; do not write into it. Shorter than num_buckets + 2 where 64 bits end before the buckets do.
     """
-    return _offsets(num_buckets, unit, scale, device)
+    # What a tracer makes is of use to it alone, and must not stay in the cache.
+    return (_offsets.__wrapped__ if tracing() else _offsets)(num_buckets, unit, scale, device)
 
 
 def time_bucket(delta: Tensor, num_buckets: int, unit: float, scale: TimeScale) -> Tensor:

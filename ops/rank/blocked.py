@@ -51,17 +51,24 @@ def _products(queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor) -> 
         yield slice(start, start + len(block_bD)), scores_bX
 
 
-def _hide_seen(scores_bX: Tensor, rows: slice, candidate_ids_X: Tensor, seen: Seen) -> None:
-    """Scatter -inf to the block's seen candidates."""
-    if seen is None:
-        return
-    offsets, seen_ids_S = seen
-    offsets_b = offsets[rows.start : rows.stop + 1]
-    ids_s = seen_ids_S[int(offsets_b[0]) : int(offsets_b[-1])]
-    row_s = torch.arange(len(scores_bX), device=offsets.device).repeat_interleave(offsets_b.diff())
-    position_s, found_s = find_sorted(candidate_ids_X, ids_s)
-    flat_s = (row_s * scores_bX.shape[1] + position_s)[found_s]
-    scores_bX.view(-1)[flat_s] = float("-inf")
+class _SeenPositions:
+    """The seen candidates of all rows, found once for all blocks."""
+
+    def __init__(self, candidate_ids_X: Tensor, seen: Seen) -> None:
+        self.offsets: Tensor | None = None
+        if seen is not None:
+            self.offsets, seen_ids_S = seen
+            self.position_S, self.found_S = find_sorted(candidate_ids_X, seen_ids_S)
+
+    def hide(self, scores_bX: Tensor, rows: slice) -> None:
+        """Scatter -inf to the block's seen candidates."""
+        if self.offsets is None:
+            return
+        offsets_b = self.offsets[rows.start : rows.stop + 1]
+        own = slice(int(offsets_b[0]), int(offsets_b[-1]))
+        row_s = torch.arange(len(scores_bX), device=offsets_b.device).repeat_interleave(offsets_b.diff())
+        flat_s = (row_s * scores_bX.shape[1] + self.position_S[own])[self.found_S[own]]
+        scores_bX.view(-1)[flat_s] = float("-inf")
 
 
 def _row_counts(flags_bX: Tensor) -> Tensor:
@@ -81,9 +88,10 @@ def rank_in_blocks(blocks: Iterable[Block], candidate_ids_X: Tensor, target_ids_
     if len(candidate_ids_X) == 0:
         return ranks_B
     position_B, known_B = find_sorted(candidate_ids_X, target_ids_B)
+    seen_positions = _SeenPositions(candidate_ids_X, seen)
     flags = None
     for rows, scores_bX in blocks:
-        _hide_seen(scores_bX, rows, candidate_ids_X, seen)
+        seen_positions.hide(scores_bX, rows)
         position_b1 = position_B[rows, None]
         target_b1 = scores_bX.gather(1, position_b1)
         # A target hidden by its history stays a miss; elsewhere scores are finite, so -inf marks nothing else.
@@ -118,8 +126,9 @@ def topk_in_blocks(
     ids_BK = candidate_ids_X.new_zeros(batch, k)
     kept = min(k, len(candidate_ids_X))
     if kept:
+        seen_positions = _SeenPositions(candidate_ids_X, seen)
         for rows, scores_bX in blocks:
-            _hide_seen(scores_bX, rows, candidate_ids_X, seen)
+            seen_positions.hide(scores_bX, rows)
             best_bK, position_bK = _stable_topk(scores_bX, kept)
             scores_BK[rows, :kept] = best_bK
             ids_BK[rows, :kept] = candidate_ids_X[position_bK]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.tracing import check_offsets
+
 
 def check_candidates(candidate_ids_X: Tensor, rows: int | None = None) -> None:
     """rows: of the table the ids index, None where they only name."""
@@ -40,6 +42,7 @@ def check_seen(seen_offsets: Tensor, seen_ids_S: Tensor, batch: int) -> None:
     if seen_offsets.dtype != torch.int64 or seen_ids_S.dtype != torch.int64 or seen_ids_S.dim() != 1:
         got = f"{seen_offsets.dtype} and {seen_ids_S.dtype} {tuple(seen_ids_S.shape)}"
         raise ValueError(f"rank seen offsets and ids: got {got}, expected int64 (B + 1,) and (S,)")
+    check_offsets("rank seen_offsets", seen_offsets, seen_ids_S.numel())
 
 
 def check_products(queries_BD: Tensor, table_VD: Tensor) -> None:

@@ -83,11 +83,13 @@ def _check(
 ) -> None:
     if not temperature > 0:
         raise ValueError(f"sampled_softmax temperature: got {temperature}, expected a positive number; try 0.05")
-    tokens = queries_TD.shape[0]
     shapes = [tuple(x.shape) for x in (queries_TD, table_VD, positive_ids_T, negative_ids_TR)]
     fits = queries_TD.dim() == 2 and table_VD.dim() == 2 and negative_ids_TR.dim() == 2
-    if not fits or queries_TD.shape[1] != table_VD.shape[1] or shapes[2] != (tokens,) or shapes[3][0] != tokens:
+    if not fits or shapes[0][1] != shapes[1][1] or not shapes[0][:1] == shapes[2] == shapes[3][:1]:
         raise ValueError(f"sampled_softmax shapes: got {shapes}, expected (T, D), (V, D), (T,), (T, R)")
+    if not (queries_TD.is_floating_point() and table_VD.is_floating_point() and queries_TD.shape[1] > 0):
+        got = f"{queries_TD.dtype} {shapes[0]} and {table_VD.dtype} {shapes[1]}"
+        raise ValueError(f"sampled_softmax queries and table: got {got}, expected floats of at least one column")
     if positive_ids_T.dtype != torch.int64 or negative_ids_TR.dtype != torch.int64:
         raise ValueError(f"sampled_softmax ids: got {positive_ids_T.dtype}, {negative_ids_TR.dtype}, expected int64")
     if item_log_q is not None and item_log_q.shape != table_VD.shape[:1]:

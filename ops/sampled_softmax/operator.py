@@ -112,13 +112,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
+# An operator without a gradient: a second derivative is refused, where that of a plain product would lack a part.
+@torch.library.custom_op("gr::sampled_softmax_query_grad", mutates_args=())
+def _query_grad(grad_T: Tensor, slopes_TD: Tensor, like_TD: Tensor) -> Tensor:
+    return (grad_T[:, None] * slopes_TD).to(like_TD.dtype, memory_format=torch.contiguous_format)
+
+
+@_query_grad.register_fake
+def _(grad_T: Tensor, slopes_TD: Tensor, like_TD: Tensor) -> Tensor:
+    return slopes_TD.new_empty(slopes_TD.shape, dtype=like_TD.dtype)
+
+
 def _backward(ctx: Any, grad_T: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_T is None:
         return (None,) * 11
     *saved, slopes_TD = ctx.saved_tensors
     grad_queries_TD = grad_table_VD = None
     if ctx.needs_input_grad[0]:
-        grad_queries_TD = (grad_T[:, None] * slopes_TD).to(saved[1].dtype)
+        grad_queries_TD = _query_grad(grad_T, slopes_TD, saved[1])
     if ctx.needs_input_grad[1]:
         grad_table_VD = (_sparse_table_grad if ctx.sparse_grad else _table_grad)(grad_T, *saved, *ctx.constants)
     return grad_queries_TD, grad_table_VD, *(None,) * 9

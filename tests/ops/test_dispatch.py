@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ from ops import dispatch, native
 from ops.dispatch import Implementation, Op
 from ops.dropout import cpu as dropout_cpu
 from ops.dropout import dropout
+from ops.jagged import jagged_dense_bmm
+from ops.linear_cross_entropy import linear_cross_entropy
 from ops.random import uniform_ints
 from ops.sampled_softmax import sampled_softmax_loss
 
+needs_compiler = pytest.mark.skipif(dropout_cpu.refuses() is not None, reason=str(dropout_cpu.refuses()))
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -177,3 +181,74 @@ def test_compile_sees_through_the_ops(backend: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(torch.autograd.grad(compiled(*leaves), leaves), eager, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_explain_follows_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GR_OPS", "reference")
+    lines = [line.split(maxsplit=2) for line in ops.explain().splitlines()]
+    assert {tuple(line[1:]) for line in lines} == {("reference", "reference is asked for")}
+    monkeypatch.setenv("GR_OPS", "")
+    assert "is asked for" not in ops.explain()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_changes_no_op(backend: str) -> None:
+    queries, table = torch.randn(4, 16), torch.randn(9, 16)
+    ids = torch.arange(9), torch.arange(4)
+    weight = torch.randn(1, 16, 8)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        losses = linear_cross_entropy(queries, table, *ids, temperature=1.0, backend=backend)
+        return losses, jagged_dense_bmm(queries, torch.tensor([0, 4]), weight, backend=backend)
+
+    wanted = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    for value, expected in zip(found, wanted, strict=True):
+        assert torch.equal(value, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["half", "empty", "foreign", "no checksum"])
+def test_a_damaged_library_is_built_anew(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GR_CACHE", str(tmp_path))
+    source = tmp_path / "toy" / "cpu.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }')
+    assert native.library(source) is not None
+    (built,) = tmp_path.rglob("*.so")
+    whole = built.read_bytes()
+    # Written aside: the process has the old one mapped.
+    aside = built.with_suffix(".aside")
+    aside.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "foreign": b"x" * 100}.get(damage, whole))
+    aside.replace(built)
+    if damage == "no checksum":
+        built.with_suffix(".sha256").unlink()
+    code = f"from pathlib import Path; from ops import native; print(native.library(Path({str(source)!r})).answer())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "42\n", done.stderr
+
+
+@needs_compiler
+def test_a_compiler_may_come_with_words(tmp_path: Path) -> None:
+    code = "from ops.dropout import cpu; print(cpu.refuses())"
+    for compiler, said in (("env g++", "None\n"), ("false", "exit status 1"), ("'", "could not compile")):
+        environ = {**os.environ, "CXX": compiler, "GR_CACHE": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert said in done.stdout, done.stderr
+
+
+def test_without_a_home_the_cache_is_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("GR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(native.Path, "home", no_home)
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    native._home_cache.cache_clear()
+    try:
+        assert native.cache_folder() == native.cache_folder()
+        assert native.cache_folder().parent.parent == tmp_path
+    finally:
+        native._home_cache.cache_clear()

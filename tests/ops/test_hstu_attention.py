@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ops
 from ops.hstu_attention import cpu, gpu, hstu_attention, hstu_attention_cached, reference, time_bucket
@@ -771,11 +772,17 @@ def test_cached_attention_refuses_what_it_cannot_do() -> None:
 def test_cached_attention_checks_counts_on_a_cpu() -> None:
     inputs, kwargs, _ = make_case([5, 3], n=10, time=None, position=None)
     q, k, v, offsets = inputs
-    for counts, lengths in (([6, 0], None), ([-1, 3], None), ([1, 1], [6, 3]), ([1, 1], [0, 3])):
+    wrong = "q_offsets or cache_lengths"
+    for counts, lengths, message in (
+        ([6, 0], None, wrong),
+        ([-1, 3], None, "q_offsets: got descending"),
+        ([1, 1], [6, 3], wrong),
+        ([1, 1], [0, 3], wrong),
+    ):
         q_offsets = torch.tensor([0, *counts]).cumsum(0)
         rows = q[: int(q_offsets[-1])]
         lengths_B = None if lengths is None else torch.tensor(lengths)
-        with pytest.raises(ValueError, match="q_offsets or cache_lengths"):
+        with pytest.raises(ValueError, match=message):
             hstu_attention_cached(rows, q_offsets, k, v, offsets, **kwargs, cache_lengths=lengths_B, backend="cpu")
     with pytest.raises(ValueError, match="max_seq_len"):
         hstu_attention_cached(
@@ -791,3 +798,42 @@ def test_auto_takes_the_kernel() -> None:
     assert torch.equal(chosen, forced)
     torch.testing.assert_close(chosen, expected)
     assert any(line.split()[:2] == ["hstu_attention", "cpu"] for line in ops.explain().splitlines())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("lengths", [[2], [0, 2, 20, 4, 1]])
+def test_rows_shorter_than_their_context_see_themselves(lengths: list[int], place: Place) -> None:
+    inputs, kwargs, _ = make_case(lengths, n=24, dtype=torch.float32)
+    options = kwargs | {"contextual_seq_len": 4}
+    wanted = hstu_attention(*inputs, **options, backend="reference")
+    got = hstu_attention(*place.put(inputs), **place.put(options), backend=place.backend)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_arguments_that_would_be_misread_are_refused(backend: str) -> None:
+    x, offsets = torch.ones(5, 2, 4), torch.tensor([0, 5])
+    for wrong in ([1, 5], [0, 6], [0, 7, 5]):
+        with pytest.raises(ValueError, match="offsets: got"):
+            hstu_attention(x, x, x, torch.tensor(wrong), max_seq_len=8, backend=backend)
+    for shape in ((5, 0, 4), (5, 2, 0)):
+        with pytest.raises(ValueError, match="heads and dims"):
+            hstu_attention(*[torch.ones(shape)] * 3, offsets, max_seq_len=8, backend=backend)
+    with pytest.raises(ValueError, match="alpha: got Tensor"):
+        hstu_attention(x, x, x, offsets, max_seq_len=8, alpha=torch.tensor(1.0), backend=backend)
+    with pytest.raises(ValueError, match="max_queries: got 0"):
+        hstu_attention_cached(x, offsets, x, x, offsets, max_seq_len=8, max_queries=0, backend=backend)
+
+
+@needs_compiler
+def test_silu_of_a_huge_negative_score_is_nothing() -> None:
+    x, weights = torch.ones(3, 1, 4), torch.tensor([0.0, 0.0, -1e38, 0.0, 0.0])
+    options = {"max_seq_len": 3, "position_weights": weights}
+    wanted, got = (hstu_attention(x, x, x, torch.tensor([0, 3]), **options, backend=b) for b in ("reference", "cpu"))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_thresholds_made_by_a_tracer_do_not_stay() -> None:
+    with FakeTensorMode():
+        time_bucket_thresholds(11)
+    assert time_bucket_thresholds(11)[0] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,8 +188,9 @@ def test_nan_in_a_query_reaches_only_its_loss(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_without_gradients_the_losses_are_the_same(place: Place) -> None:
-    data = place.put(problem((17, 5, 30)))
+@pytest.mark.parametrize("consecutive", [False, True], ids=["gaps", "range"])
+def test_without_gradients_the_losses_are_the_same(consecutive: bool, place: Place) -> None:
+    data = place.put(problem((17, 5, 30), consecutive=consecutive))
     with torch.no_grad():
         losses = linear_cross_entropy(
             data["queries"].float(),
@@ -199,6 +201,16 @@ def test_without_gradients_the_losses_are_the_same(place: Place) -> None:
             backend=place.backend,
         )
     torch.testing.assert_close(losses.cpu(), run(data, place, torch.float32)[0])
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocked_losses_without_gradients_share_no_memory_with_the_table(dtype: torch.dtype) -> None:
+    data = problem((3, 4, 9), consecutive=True)
+    losses = linear_cross_entropy(
+        *(data[name].to(dtype) for name in ("queries", "table")), data["catalogue"], data["targets"], temperature=0.5
+    )
+    torch.testing.assert_close(losses, run(data, REFERENCE, dtype)[0])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -325,5 +337,12 @@ def test_what_is_known_of_a_catalogue_follows_its_tensor() -> None:
     assert extent(ids) == (5, 8, False)
     ids.copy_(torch.tensor([4, 3, 2, 1]))
     assert extent(ids) == (1, 4, False)
+    ids.data.copy_(torch.arange(4))
+    assert extent(ids) == (0, 3, True)
+    array = np.arange(3)
+    shared = torch.from_numpy(array)
+    assert extent(shared) == (0, 2, True)
+    array[2] = 7
+    assert extent(shared) == (0, 7, False)
     with torch.inference_mode():
         assert extent(torch.tensor([7])) == (7, 7, True)

@@ -289,3 +289,11 @@ def test_bad_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"y": torch.ones(4, 6), "u": torch.ones(4, 6)} | wrong
     with pytest.raises(ValueError, match=f"norm_mul_dropout {message}"):
         norm_mul_dropout(arguments.pop("y"), arguments.pop("u"), **arguments)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_silu_of_a_huge_negative_value_is_nothing(place: Place) -> None:
+    y, u = torch.randn(3, 8), torch.full((3, 8), -1e38)
+    inputs = {"y": y, "u": u, "weight": torch.ones(8), "bias": torch.zeros(8)}
+    out = call(place, output="product", u_activation="silu")(**place.put(inputs))
+    assert bool((out.cpu().abs() < 1e-30).all())

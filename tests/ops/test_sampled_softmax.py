@@ -350,3 +350,25 @@ def test_an_id_outside_the_table_is_an_error_or_nan(bad: int, place: Place) -> N
     data["positive"][5] = 1
     with pytest.raises(IndexError):
         run(data, place)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    if not any(str(place.id) == backend for place in places(cpu.refuses)):
+        pytest.skip(f"no {backend} here")
+    queries, table = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4)
+    ids = torch.tensor([1, 2, 3]), torch.tensor([[4, 5]] * 3)
+    losses = sampled_softmax_loss(queries, table, *ids, temperature=1.0, backend=backend)
+    (grad,) = torch.autograd.grad(losses.sum(), queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), queries)
+
+
+def test_what_is_no_matrix_of_floats_is_named() -> None:
+    ids = torch.tensor([1, 2, 3]), torch.tensor([[4]] * 3)
+    floats = torch.ones(3, 2), torch.ones(9, 2)
+    for queries, table in ((torch.ones(3, 0), torch.ones(9, 0)), (floats[0].to(torch.complex64), floats[1])):
+        with pytest.raises(ValueError, match="expected floats of at least one column"):
+            sampled_softmax_loss(queries, table, *ids, temperature=1.0)
+    with pytest.raises(ValueError, match="shapes: got"):
+        sampled_softmax_loss(*floats, ids[0], torch.tensor(4), temperature=1.0)
