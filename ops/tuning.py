@@ -86,7 +86,7 @@ class Table:
         if saved in listed:
             self._choices[place] = saved
         elif os.environ.get("GR_AUTOTUNE") == "1" and len(listed) > 1:
-            if not measure(listed[0]):
+            if not _launches(listed[0], measure):
                 # Nothing was launched, for want of rows, so nothing can be learned.
                 return listed[0]
             self._choices[place] = _fastest(name, listed, measure)
@@ -99,6 +99,14 @@ class Table:
 @functools.cache
 def _has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def _launches(config: Config, measure: Callable[[Config], bool]) -> bool:
+    """Whether there is anything to launch, also where this configuration does not fit the device."""
+    try:
+        return measure(config)
+    except Exception:
+        return True
 
 
 def _fastest(name: str, listed: list[Config], measure: Callable[[Config], bool]) -> Config:

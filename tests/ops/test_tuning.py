@@ -152,15 +152,21 @@ def test_a_candidate_that_does_not_run_is_no_candidate(table: Table, device: Dev
     assert table.options("add", NARROW, device.launch) == [DEFAULT, OTHER]
 
 
+def test_where_no_candidate_runs_the_default_says_why(table: Table, device: Device) -> None:
+    device.milliseconds = dict.fromkeys(device.milliseconds, -1.0)
+    assert table.options("add", NARROW, device.launch)[0] == DEFAULT
+
+
 def test_nothing_is_learned_from_an_empty_launch(table: Table, device: Device) -> None:
     assert table.options("add", NARROW, lambda config: False) == [DEFAULT, OTHER]
     assert table.options("add", NARROW, device.launch) == [OTHER, DEFAULT]
 
 
-def test_a_damaged_cache_is_measured_anew(table: Table, device: Device) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "null", "3"])
+def test_a_damaged_cache_is_measured_anew(text: str, table: Table, device: Device) -> None:
     path = tuning._device_file()
     path.parent.mkdir(parents=True)
-    path.write_text("{")
+    path.write_text(text)
     assert table.options("add", NARROW, device.launch) == [OTHER, DEFAULT]
     assert list(json.loads(path.read_text()).values()) == [OTHER]
 
