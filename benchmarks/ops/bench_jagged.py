@@ -128,8 +128,8 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
         values, dense = torch.zeros(8, *shape, dtype=dtype), torch.zeros(3, 5, *shape, dtype=dtype)
         jagged_to_padded(values, offsets, 5, backend="triton")
         padded_to_jagged(dense, offsets, 8, backend="triton")
-        joint, _ = concat_jagged(values, dense, left_offsets=offsets, backend="triton")
-        last_n(joint, offsets, 2, total=4, backend="triton")
+        concat_jagged(values, dense, left_offsets=offsets, backend="triton")
+        last_n(values, offsets, 2, total=4, backend="triton")
 
     def products(dtype: torch.dtype, inner: int, outer: int) -> None:
         shapes = ((8, inner), (3, inner, outer), (3, outer))
