@@ -4,7 +4,8 @@
 #
 #     bash benchmarks/gpu_suite.sh
 #
-# Needs torch, triton, numpy, pandas, pyarrow, tensorboard and gin-config; for the tests pytest and hypothesis. Every
+# Needs torch, triton, numpy, pandas, pyarrow, tensorboard and gin-config; for the tests pytest and hypothesis, for the
+# training also safetensors. Every
 # part has a time limit and the script always reaches its end; its last lines say what failed or was left out, and it
 # exits with 1 where anything was. Rows go to benchmarks/results/*.csv.
 #
@@ -72,9 +73,10 @@ environment() {
     echo "== environment: $(date -u +%FT%TZ), commit $(git describe --always --dirty --exclude='*' 2>/dev/null || echo "${GR_COMMIT:-unknown}")"
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo "no nvidia-smi"
     local module
-    for module in torch triton numpy pandas pyarrow tensorboard gin safetensors tqdm; do
+    for module in torch triton numpy pandas pyarrow tensorboard gin; do
         has "$module" || WRONG+=("$module is not installed: what needs it fails")
     done
+    [ "${GPU_SUITE_TRAIN:-}" != 1 ] || has safetensors || WRONG+=("safetensors is not installed: no training")
     has pytest || WRONG+=("pytest is not installed: nothing is tested, and the rows say so")
     has hypothesis || WRONG+=("hypothesis is not installed: tests that use it are red, and their ops are not timed")
     "$PYTHON" - <<'PYTHON'
@@ -98,14 +100,16 @@ PYTHON
 
 tests() {
     has pytest || return
-    local op named=() ignored=() jobs=$(($(nproc) / 2))
+    local op file named=() ignored=() jobs=$(($(nproc) / 2))
     ((jobs > 8)) && jobs=8
     ((jobs < 1)) && jobs=1
     for op in $1; do
         named+=(--op "$op")
     done
     for op in ops/*/; do
-        ignored+=(--ignore "tests/ops/test_$(basename "$op").py")
+        for file in "tests/ops/test_$(basename "$op")"{,_*}.py; do
+            ignored+=(--ignore "$file")
+        done
     done
     export OMP_NUM_THREADS=1
     part "tests of the ops" 160 $TESTS_END "$PYTHON" benchmarks/verification.py --device "$DEVICE" --jobs "$jobs" "${named[@]}"

@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 _LOG_LINES = 80
 
 
-def _test_file(op: str) -> Path:
-    return ROOT / "tests" / "ops" / f"test_{op}.py"
+def _test_files(op: str) -> list[Path]:
+    """test_<op>.py, and what is set apart from it as test_<op>_<part>.py."""
+    folder = ROOT / "tests" / "ops"
+    return [folder / f"test_{op}.py", *sorted(folder.glob(f"test_{op}_*.py"))]
 
 
 def _folder() -> Path:
@@ -36,11 +38,11 @@ def _folder() -> Path:
 
 def stamp(op: str, device: str) -> Path:
     """The file whose presence says that this very code passed the op's tests on this device."""
-    shared = [ROOT / "tests" / "conftest.py", ROOT / "tests" / "ops" / "conftest.py", _test_file(op)]
+    own = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / "ops").glob("[!t]*.py")), *_test_files(op)]
     code = [path for path in (ROOT / "ops").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     digest = hashlib.sha256(f"{name} {torch.__version__} {sys.version}\n".encode())
-    for path in sorted(code) + [path for path in shared if path.exists()]:
+    for path in sorted(code) + [path for path in own if path.exists()]:
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return _folder() / f"{op}-{device}-{digest.hexdigest()[:16]}"
 
@@ -55,7 +57,7 @@ def verify(op: str, device: str) -> str | None:
     # The options of the project name plugins that may be absent here.
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-o", "addopts=--import-mode=importlib -rfE"]
     command = [sys.executable, "-m", "pytest", *options, "-m", "gpu" if device == "cuda" else "not gpu"]
-    done = subprocess.run([*command, str(_test_file(op))], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, *map(str, _test_files(op))], cwd=ROOT, capture_output=True, text=True)
     _folder().mkdir(parents=True, exist_ok=True)
     if done.returncode == 0:
         green.touch()

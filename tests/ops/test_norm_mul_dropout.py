@@ -177,7 +177,8 @@ def test_a_token_does_not_depend_on_its_batch(place: Place, output: str) -> None
     for name, value in alone.items():
         same = together[name][40:51]
         # Where a row lies decides whether PyTorch computes it in vectors or alone, which round differently.
-        torch.testing.assert_close(value, same, rtol=1e-6, atol=1e-6, msg=name)
+        tolerance = 1e-6 if place.backend == "reference" else 0.0
+        torch.testing.assert_close(value, same, rtol=tolerance, atol=tolerance, msg=name)
         assert torch.equal(value == 0, same == 0), name
     unkeyed = call(place, **options)(**inputs)
     assert torch.equal(unkeyed, call(place, **options, keys_T=keys_T - 5)(**inputs))

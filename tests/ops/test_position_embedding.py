@@ -185,16 +185,19 @@ def test_nothing_waits_for_the_gpu() -> None:
     leaves, rest = leaves_of([4, 0, 3], 6, torch.float32)
     held, rest = {name: x.cuda().requires_grad_() for name, x in leaves.items()}, Place("triton", "cuda").put(rest)
 
-    def step() -> None:
-        position_embedding(**held, **rest, backend="triton").sum().backward()
+    def step() -> Tensor:
+        out = position_embedding(**held, **rest, backend="triton")
+        out.sum().backward()
+        return out.detach()
 
     # The first call brings the buckets' edges to the device.
-    step()
+    first = step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        second = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("options", [{}, {"count_from": "oldest"}, {"contextual_seq_len": 1, "time_scale": "log"}])
