@@ -8,7 +8,8 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,17 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         writer.writeheader()
         writer.writerows(kept)
     os.replace(aside, path)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether products of float32 may take tensor cores, within."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Extent(NamedTuple):
-    """The smallest and largest id of a list, and whether the list counts from the one to the other."""
+    """The smallest and largest id of a list, whether it ascends, and whether it counts from the one to the other."""
 
     smallest: int
     largest: int
+    ascends: bool
     is_range: bool
 
 
@@ -33,15 +35,16 @@ def extent(ids_X: Tensor) -> Extent:
 
 
 def _read_extent(ids_X: Tensor) -> Extent:
-    smallest, largest, steps = torch.stack([ids_X.min(), ids_X.max(), (ids_X.diff() == 1).sum()]).tolist()
-    return Extent(smallest, largest, steps == ids_X.numel() - 1)
+    step_X = ids_X.diff()
+    facts = torch.stack([ids_X.min(), ids_X.max(), (step_X > 0).sum(), (step_X == 1).sum()])
+    smallest, largest, upward, single = facts.tolist()
+    return Extent(smallest, largest, upward == step_X.numel(), single == step_X.numel())
 
 
 def select_rows(table_VD: Tensor, ids_X: Tensor) -> Tensor:
     """table[ids], (X, D): a view where the ids are one ascending range, as in most catalogues, else a copy."""
-    if ids_X.numel() and extent(ids_X).is_range:
-        first = extent(ids_X).smallest
-        return table_VD[first : first + ids_X.numel()]
+    if ids_X.numel() and (ids := extent(ids_X)).is_range:
+        return table_VD[ids.smallest : ids.largest + 1]
     return table_VD.index_select(0, ids_X)
 
 
@@ -50,13 +53,19 @@ def find_sorted(sorted_ids_X: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     count = sorted_ids_X.numel()
     if count == 0:
         return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
-    if extent(sorted_ids_X).is_range:
-        position = wanted - extent(sorted_ids_X).smallest
+    ids = extent(sorted_ids_X)
+    if ids.is_range:
+        position = wanted - ids.smallest
         found = (position >= 0) & (position < count)
     else:
         position = torch.searchsorted(sorted_ids_X, wanted).clamp_max(count - 1)
         found = sorted_ids_X[position] == wanted
     return torch.where(found, position, 0), found
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What these are computed in together: float32, or float64 where one is."""
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
 
 
 def l2_normalize(rows: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +92,16 @@ def refuses(*args: Any, **kwargs: Any) -> str | None:
         if value.is_floating_point() and value.dtype not in DTYPES:
             return f"no kernel for {value.dtype}"
     return None
+
+
+def precision() -> Literal["tf32", "ieee"]:
+    """What products of float32 take: tensor cores where PyTorch may use them."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def power_of_two(size: int, at_least: int = 1) -> int:
+    """The smallest that holds `size`: what a block of Triton's is as long as."""
+    return max(1 << max(size - 1, 0).bit_length(), at_least)
 
 
 def on_gpu(tensor: Tensor, forced: bool) -> bool:

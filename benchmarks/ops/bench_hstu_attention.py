@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import Benchmark, Sizes
+from benchmarks.measuring import tf32
 from ops.hstu_attention import hstu_attention, hstu_attention_cached
 
 BUCKETS = 128
@@ -136,16 +136,6 @@ BENCHMARK = Benchmark(
     backward_flops=2.5,
     skip=lambda provider, name, device: provider != "ops" and name.startswith("4096"),
 )
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:

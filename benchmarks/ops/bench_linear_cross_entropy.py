@@ -18,6 +18,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import Benchmark, Sizes
+from benchmarks.measuring import tf32
 from ops.linear_cross_entropy import linear_cross_entropy
 from ops.sampled_softmax import sampled_softmax_loss
 
@@ -81,18 +82,14 @@ BENCHMARK = Benchmark(
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     def step(dtype: torch.dtype, table_dtype: torch.dtype, width: int, full: bool, allow_tf32: bool = False) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         queries = torch.zeros(3, width, dtype=dtype, requires_grad=True)
         table = torch.zeros(9, width, dtype=table_dtype, requires_grad=True)
         # A range of ids is read in place.
         catalogue = torch.tensor([1, 2, 5]) if full else torch.arange(1, 9)
         options: dict[str, Any] = {"temperature": TEMPERATURE, "l2_norm": full, "backend": "triton"}
-        try:
+        with tf32(allow_tf32):
             losses = linear_cross_entropy(queries, table, catalogue, torch.tensor([1, 2, 5]), **options)
             losses.sum().backward()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     def evaluate(dtype: torch.dtype, width: int) -> None:
         rows = torch.zeros(3, width, dtype=dtype), torch.zeros(9, width, dtype=dtype)

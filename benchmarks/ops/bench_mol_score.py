@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import Benchmark, Sizes
+from benchmarks.measuring import tf32
 from ops.mol_score import MoLDropout, MoLGate, MoLItems, MoLQueries, mol_score, mol_score_with_mixture
 
 TEMPERATURE = 0.05
@@ -102,9 +103,7 @@ BENCHMARK = Benchmark(
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     def step(dtype: torch.dtype, sizes: dict[str, int], gate: dict[str, Any], drops: bool, allow_tf32: bool) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        try:
+        with tf32(allow_tf32):
             inputs = make({"batch": 2, "items": 3, "hidden": 128, **sizes}, torch.device("cpu"), dtype)
             inputs["gate"] = replace(inputs["gate"], **gate)
             options = {"temperature": TEMPERATURE, "backend": "triton"}
@@ -113,8 +112,6 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             else:
                 outputs = (mol_score(**inputs, **options),)
             torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     parts = {"8x4x64": (8, 4, 64), "8x4x128": (8, 4, 128), "8x8x32": (8, 8, 32), "16x8x128": (16, 8, 128)}
     for dtype in (torch.float32, torch.bfloat16):

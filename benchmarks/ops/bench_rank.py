@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import Benchmark, Sizes
+from benchmarks.measuring import tf32
 from ops.rank import gpu, rank_of_target, topk
 
 PUBLISHED_K, K = 2_500, 100
@@ -102,17 +103,19 @@ BENCHMARK = Benchmark(
 
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
-    def call(dtype: torch.dtype, width: int, k: int, seen: bool, allow_tf32: bool) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        try:
-            arguments = (torch.zeros(3, width, dtype=dtype), torch.zeros(9, width, dtype=dtype), torch.arange(9))
+    def call(
+        dtype: torch.dtype, width: int, k: int, seen: bool, allow_tf32: bool, table_dtype: torch.dtype | None = None
+    ) -> None:
+        with tf32(allow_tf32):
+            arguments = (
+                torch.zeros(3, width, dtype=dtype),
+                torch.zeros(9, width, dtype=table_dtype or dtype),
+                torch.arange(9),
+            )
             rest = (torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]))
             options = {"filter_history": seen, "backend": "triton"}
             rank_of_target(*arguments, torch.arange(3), *rest, **options)
             topk(*arguments, k, *rest, **options)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     def in_blocks(k: int) -> None:
         candidates, seen = torch.arange(9), (torch.tensor([0, 1, 1, 2]), torch.tensor([3, 4]))
@@ -129,6 +132,9 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
                 words = (str(dtype).removeprefix("torch."), width, "tf32" if allow_tf32 else "ieee", "k", k)
                 name = " ".join(map(str, (*words, "seen" if seen else "unseen")))
                 yield name, partial(call, dtype, width, k, seen, allow_tf32)
+    for allow_tf32 in (False, True):
+        name = f"bfloat16 and float32 50 {'tf32' if allow_tf32 else 'ieee'} k 100 seen"
+        yield name, partial(call, torch.bfloat16, 50, 100, True, allow_tf32, torch.float32)
     yield "float16 64 ieee k 10 seen", partial(call, torch.float16, 64, 10, True, False)
 
 

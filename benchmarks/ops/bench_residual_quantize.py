@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import Benchmark, Sizes
+from benchmarks.measuring import tf32
 from ops.residual_quantize import residual_quantize
 
 
@@ -61,13 +62,9 @@ BENCHMARK = Benchmark(
 
 def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     def call(dtype: torch.dtype, tokens: int, width: int, allow_tf32: bool) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        try:
+        with tf32(allow_tf32):
             x, codebooks = torch.zeros(tokens, width, dtype=dtype), torch.zeros(2, 256, width, dtype=dtype)
             residual_quantize(x, codebooks, backend="triton")
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
 
     for dtype in (torch.float32, torch.bfloat16):
         for allow_tf32 in (False, True):

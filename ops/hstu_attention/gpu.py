@@ -88,17 +88,13 @@ def _drop(s: Settings, row_keys: Tensor | None) -> Drop:
     return Drop(drop_threshold(s.dropout_rate), 1.0 / (1.0 - s.dropout_rate), _contiguous(row_keys))
 
 
-def _padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
 def _constants(q: Tensor, v: Tensor) -> dict[str, Any]:
     half = q.dtype != torch.float32
     return {
         "KEY_DIM": q.shape[2],
         "VALUE_DIM": v.shape[2],
-        "BLOCK_K": _padded(q.shape[2]),
-        "BLOCK_V": _padded(v.shape[2]),
+        "BLOCK_K": triton_runtime.power_of_two(q.shape[2], at_least=16),
+        "BLOCK_V": triton_runtime.power_of_two(v.shape[2], at_least=16),
         "FAST": half and not triton_runtime.interpreted(),
         "EXACT": not (half or torch.backends.cuda.matmul.allow_tf32),
     }
@@ -219,7 +215,7 @@ def _bias_gradients(
     heads, lower = c.q.shape[1], _blocks(s.max_seq_len, block)
     bands = lower + (lower - 1 if s.contextual_seq_len > 0 else 0)
     chunks = max(1, min(batch, _blocks(_PROGRAMS, bands * heads)))
-    buckets = _padded(c.bias.num_buckets + 1)
+    buckets = triton_runtime.power_of_two(c.bias.num_buckets + 1, at_least=16)
 
     def parts(wanted: Tensor | None, *shape: int) -> Tensor | None:
         if wanted is None:

@@ -134,7 +134,7 @@ def _launch_moves(kernel: Any, args: tuple[Any, ...], places: int, width: int, *
         *args,
         width,
         table=_TABLE,
-        key={"width": _power(width)},
+        key={"width": triton_runtime.power_of_two(width)},
         **constants,
     )
 
@@ -151,8 +151,8 @@ def jagged_dense_bmm(values_TK: Tensor, offsets: Tensor, weight_BKN: Tensor, bia
         *(values_TK, offsets.contiguous(), weight_BKN, None if bias_BN is None else bias_BN.contiguous(), out_TN),
         *(*search(offsets), inner, outer, values_TK.stride(0), *weight_BKN.stride()),
         table=_TABLE,
-        key={"inner": _power(inner), "outer": _power(outer)},
-        PRECISION=_precision(),
+        key={"inner": triton_runtime.power_of_two(inner), "outer": triton_runtime.power_of_two(outer)},
+        PRECISION=triton_runtime.precision(),
     )
     return out_TN
 
@@ -173,8 +173,8 @@ def jagged_dense_bmm_weight_grad(
         *(values_TK, grad_TN, offsets.contiguous(), grad_weight, grad_bias if bias else None),
         *(inner, outer, values_TK.stride(0), grad_TN.stride(0)),
         table=_TABLE,
-        key={"inner": _power(inner), "outer": _power(outer)},
-        PRECISION=_precision(),
+        key={"inner": triton_runtime.power_of_two(inner), "outer": triton_runtime.power_of_two(outer)},
+        PRECISION=triton_runtime.precision(),
     )
     return grad_weight, grad_bias
 
@@ -196,11 +196,3 @@ def _flat(x: Tensor, dims: int) -> Tensor:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _power(width: int) -> int:
-    return 1 << max(width - 1, 0).bit_length()

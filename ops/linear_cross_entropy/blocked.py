@@ -19,12 +19,22 @@ from torch import Tensor
 
 from ops.linear_cross_entropy import cpu
 from ops.linear_cross_entropy.reference import checked_positions, target_positions
-from ops.rows import l2_normalize, l2_normalize_backward, select_rows
+from ops.rows import compute_dtype, l2_normalize, l2_normalize_backward, select_rows
 
 _WHOLE_ROWS = 1 << 15
 # 2^20 float32 logits, 4 MB.
 _BLOCK_LOGITS = 1 << 20
 _TILE_TOKENS, _TILE_ITEMS = 1024, 2048
+
+
+def _scale(x: Tensor) -> int:
+    """How many times as many logits at once a device takes as a processor's cache does."""
+    return 1 if x.device.type == "cpu" else 16
+
+
+def _tile_shape(x: Tensor) -> tuple[int, int]:
+    side = math.isqrt(_scale(x))
+    return _TILE_TOKENS * side, _TILE_ITEMS * side
 
 
 def refuses(*_: Any) -> str | None:
@@ -39,7 +49,7 @@ def _exponential(logits: Tensor) -> Tensor:
 
 def _forward_whole_rows(queries_TD: Tensor, items_XD: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     tokens, items = len(queries_TD), len(items_XD)
-    step = max(_BLOCK_LOGITS // items, 32)
+    step = max(_BLOCK_LOGITS * _scale(queries_TD) // items, 32)
     buffer = queries_TD.new_empty(min(step, tokens), items)
     lse_T = queries_TD.new_empty(tokens)
     # What an operator returns must be no part of what it was given.
@@ -61,13 +71,14 @@ def _forward_whole_rows(queries_TD: Tensor, items_XD: Tensor, needs_grad: bool) 
 
 def _forward_tiles(queries_TD: Tensor, items_XD: Tensor) -> Tensor:
     tokens, items = len(queries_TD), len(items_XD)
-    buffer = queries_TD.new_empty(_TILE_TOKENS * _TILE_ITEMS)
+    tile_tokens, tile_items = _tile_shape(queries_TD)
+    buffer = queries_TD.new_empty(tile_tokens * tile_items)
     largest_T1 = queries_TD.new_full((tokens, 1), float("-inf"))
     total_T1 = queries_TD.new_zeros(tokens, 1)
-    for first in range(0, items, _TILE_ITEMS):
-        items_xD = items_XD[first : first + _TILE_ITEMS]
-        for start in range(0, tokens, _TILE_TOKENS):
-            rows = slice(start, min(start + _TILE_TOKENS, tokens))
+    for first in range(0, items, tile_items):
+        items_xD = items_XD[first : first + tile_items]
+        for start in range(0, tokens, tile_tokens):
+            rows = slice(start, min(start + tile_tokens, tokens))
             logits_tx = _tile(buffer, queries_TD[rows], items_xD)
             largest_t1 = torch.maximum(largest_T1[rows], logits_tx.amax(dim=1, keepdim=True))
             total_T1[rows] *= (largest_T1[rows] - largest_t1).exp()
@@ -94,29 +105,30 @@ def _gradients_by_tiles(
     with_means, with_mass = wanted
     if not any(wanted):
         return means_TD, mass_XD
-    buffer = queries_TD.new_empty(_TILE_TOKENS * _TILE_ITEMS)
-    for first in range(0, len(items_XD), _TILE_ITEMS):
-        items_xD = items_XD[first : first + _TILE_ITEMS]
-        for start in range(0, len(queries_TD), _TILE_TOKENS):
-            rows = slice(start, min(start + _TILE_TOKENS, len(queries_TD)))
+    tile_tokens, tile_items = _tile_shape(queries_TD)
+    buffer = queries_TD.new_empty(tile_tokens * tile_items)
+    for first in range(0, len(items_XD), tile_items):
+        items_xD = items_XD[first : first + tile_items]
+        for start in range(0, len(queries_TD), tile_tokens):
+            rows = slice(start, min(start + tile_tokens, len(queries_TD)))
             probabilities_tx = _exponential(_tile(buffer, queries_TD[rows], items_xD).sub_(lse_T[rows, None]))
             if with_means:
                 means_TD[rows].addmm_(probabilities_tx, items_xD)
             if with_mass:
-                mass_XD[first : first + _TILE_ITEMS].addmm_(probabilities_tx.T, weighted_TD[rows])
+                mass_XD[first : first + tile_items].addmm_(probabilities_tx.T, weighted_TD[rows])
     return means_TD, mass_XD
 
 
-def keeps_gradients(items: int, needs_grad: bool) -> bool:
-    """Whether forward computes what only backward needs."""
-    return needs_grad and items <= _WHOLE_ROWS
+def keeps_gradients(items: int, needs_grad: bool, device: torch.device) -> bool:
+    """Whether forward computes what only backward needs. Whether that serves can be seen without waiting on a CPU."""
+    return needs_grad and items <= _WHOLE_ROWS and device.type == "cpu"
 
 
 def _problem(
     queries_TD: Tensor, table_VD: Tensor, catalogue_ids_X: Tensor, temperature: float, l2_norm: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Queries over the temperature, (T, D) work that saves (T, X), and the candidates' rows as they are scored."""
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    dtype = compute_dtype(queries_TD, table_VD)
     items_XD = select_rows(table_VD, catalogue_ids_X).to(dtype)
     items_XD = l2_normalize(items_XD, eps) if l2_norm else items_XD
     return (queries_TD.to(dtype) / temperature).contiguous(), items_XD.contiguous()
@@ -138,10 +150,11 @@ def forward(
     """
     positions_T = checked_positions(catalogue_ids_X, target_ids_T, table_VD.shape[0])
     queries_TD, items_XD = _problem(queries_TD, table_VD, catalogue_ids_X, temperature, l2_norm, eps)
-    if keeps_gradients(len(items_XD), needs_grad) and cpu.usable(queries_TD):
+    keeps = keeps_gradients(len(items_XD), needs_grad, queries_TD.device)
+    if keeps and cpu.usable(queries_TD):
         lse_T, means_TD, mass_XD = cpu.forward_whole_rows(queries_TD, items_XD)
     elif len(items_XD) <= _WHOLE_ROWS:
-        lse_T, means_TD, mass_XD = _forward_whole_rows(queries_TD, items_XD, needs_grad)
+        lse_T, means_TD, mass_XD = _forward_whole_rows(queries_TD, items_XD, keeps)
     else:
         lse_T = _forward_tiles(queries_TD, items_XD)
         means_TD, mass_XD = torch.empty_like(queries_TD[:0]), torch.empty_like(items_XD[:0])

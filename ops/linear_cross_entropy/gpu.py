@@ -73,7 +73,7 @@ def forward(
         *(*problem, positions_T, targets_T, sums_S2T, means_STD),
         *(tokens, candidates, walk, 1.0 / temperature),
         KEEP=needs_grad,
-        PRECISION=_precision(),
+        PRECISION=triton_runtime.precision(),
         **problem.launch,
     )
     triton_runtime.launch(
@@ -120,7 +120,7 @@ def backward(
         lambda config: (-(-candidates // config["BLOCK_X"]), splits),
         *(*problem, positions_T, stats_3T, weights_T, sums_SXD),
         *(tokens, candidates, walk, 1.0 / temperature),
-        PRECISION=_precision(),
+        PRECISION=triton_runtime.precision(),
         **problem.launch,
     )
     targets_XD = row_sums.row_sums(positions_T, queries_TD, candidates, None, -lacking_T)
@@ -138,10 +138,10 @@ def backward(
 def _problem(queries_TD: Tensor, table_VD: Tensor, catalogue_ids_X: Tensor, l2_norm: bool, eps: float) -> _Problem:
     dtype = torch.promote_types(queries_TD.dtype, table_VD.dtype)
     queries, _ = _padded(queries_TD, None, dtype)
-    smallest, _, is_range = extent(catalogue_ids_X)
-    if is_range:
-        table_VD = table_VD[smallest : smallest + catalogue_ids_X.shape[0]]
-    ids_X = None if is_range else catalogue_ids_X.contiguous()
+    found = extent(catalogue_ids_X)
+    if found.is_range:
+        table_VD = table_VD[found.smallest : found.largest + 1]
+    ids_X = None if found.is_range else catalogue_ids_X.contiguous()
     return _Problem(queries, *_padded(table_VD, ids_X, dtype, eps if l2_norm else None))
 
 
@@ -156,7 +156,7 @@ def _padded(
 
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     count, width = rows.shape[0] if ids_X is None else ids_X.shape[0], rows.shape[1]
-    block_d = max(1 << (width - 1).bit_length(), 16)
+    block_d = triton_runtime.power_of_two(width, at_least=16)
     as_they_are = ids_X is None and rows.dtype == dtype and width == block_d and rows.is_contiguous()
     out = None if as_they_are else torch.empty(count, block_d, dtype=dtype, device=rows.device)
     norms_X = None if eps is None else _floats(rows, count)
@@ -178,10 +178,6 @@ def _splits(own: int, others: int) -> tuple[int, int]:
     wanted = max(1, min(_PROGRAMS * _BLOCK // max(own, 1), others // _MIN_WALK))
     walk = max(-(-others // (wanted * _WALK_STEP)), 1) * _WALK_STEP
     return walk, max(-(-others // walk), 1)
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ops.linear_cross_entropy import blocked, gpu
+from ops.rows import compute_dtype
 
 
 @torch.library.custom_op("gr::linear_cross_entropy", mutates_args=())
@@ -43,9 +44,9 @@ def _(
     needs_grad: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    dtype = compute_dtype(queries_TD, table_VD)
     (tokens, width), items = queries_TD.shape, catalogue_ids_X.shape[0]
-    by_blocks = not triton and blocked.keeps_gradients(items, needs_grad)
+    by_blocks = not triton and blocked.keeps_gradients(items, needs_grad, queries_TD.device)
     kept = tokens if by_blocks or (triton and needs_grad) else 0
     shapes = (tokens,), (3, tokens) if triton else (tokens,), (kept, width), (items if by_blocks else 0, width)
     losses_T, stats, slopes_TD, mass_XD = (queries_TD.new_empty(shape, dtype=dtype) for shape in shapes)

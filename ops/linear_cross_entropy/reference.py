@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.rows import extent, l2_normalize
+from ops.rows import compute_dtype, extent, l2_normalize
 
 
 def linear_cross_entropy(
@@ -19,7 +19,7 @@ def linear_cross_entropy(
     eps: float,
 ) -> Tensor:
     positions_T = checked_positions(catalogue_ids_X, target_ids_T, table_VD.shape[0])
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    dtype = compute_dtype(queries_TD, table_VD)
     items_XD = table_VD.to(dtype).index_select(0, catalogue_ids_X)
     if l2_norm:
         items_XD = l2_normalize(items_XD, eps)
@@ -39,11 +39,11 @@ def checked_positions(catalogue_ids_X: Tensor, target_ids_T: Tensor, rows: int) 
 def target_positions(catalogue_ids_X: Tensor, target_ids_T: Tensor, rows: int) -> Tensor:
     """Index of each target in the catalogue, -1 where it is not there; ValueError for a catalogue outside the table."""
     count = catalogue_ids_X.numel()
-    smallest, largest, is_range = extent(catalogue_ids_X)
-    if smallest < 0 or largest >= rows:
+    ids = extent(catalogue_ids_X)
+    if ids.smallest < 0 or ids.largest >= rows:
         raise ValueError(f"linear_cross_entropy catalogue: got ids outside the table, expected 0 to {rows - 1}")
-    if is_range:
-        positions_T = target_ids_T - smallest
+    if ids.is_range:
+        positions_T = target_ids_T - ids.smallest
         return torch.where((positions_T >= 0) & (positions_T < count), positions_T, -1)
     position_of_V = torch.full((rows,), -1, device=catalogue_ids_X.device)
     position_of_V[catalogue_ids_X] = torch.arange(count, device=catalogue_ids_X.device)

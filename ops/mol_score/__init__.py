@@ -78,8 +78,9 @@ def mol_score(
     """Scores (B, X) of every query with every item, or (B, R) with each query's own items, in the queries' dtype.
 
     Half precisions are computed in float32 and rounded once; on a GPU the logits and the hidden layer are rounded also
-    where they enter a product with weights of half precision. Every floating tensor gets its gradient, and both passes
-    use memory for one block of pairs beyond what they return.
+    where they enter a product with weights of half precision, and gradients where they enter one with operands of half
+    precision. Every floating tensor gets its gradient. Beyond what they return both passes use memory for one block of
+    pairs or, in Triton, for partial sums: in backward 256 of the gate's layers and 1,024 blocks of a side at most.
     Raises ValueError for shapes that do not fit, a temperature that is not positive, and a gate without any part.
     """
     o, s = _prepared(queries, items, gate, temperature, dropout, measure=False)
@@ -99,7 +100,8 @@ def mol_score_with_mixture(
     """Scores as `mol_score` gives them; the mean of pi over all pairs, (P,); and the mean of its entropy, ().
 
     pi is that after dropout, and an entropy -sum of pi * log(pi + 1e-6). A load-balancing loss is the mean entropy less
-    the entropy of the mean. Both are float32 at least, and have gradients; they are 0 where there are no pairs.
+    the entropy of the mean. Both are float32 at least, and have gradients; they are 0 where there are no pairs. Triton
+    keeps P + 1 partial sums for each of its tiles of 16 pairs or more.
     """
     o, s = _prepared(queries, items, gate, temperature, dropout, measure=True)
     scores, sums = _mol_score(o, s, backend=backend)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ops.rows import compute_dtype
+
 COMBINATIONS = ("glu_silu", "glu_silu_ln", "none")
 # How many operands have gradients: they come first.
 DIFFERENTIABLE = 8
@@ -86,10 +88,7 @@ class Operands(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Half precisions are computed in float32."""
-        dtype = torch.float32
-        for tensor in self[:DIFFERENTIABLE]:
-            dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
-        return dtype
+        return compute_dtype(*self[:DIFFERENTIABLE])
 
     @property
     def pairs(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ operator's implementation runs below autograd.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ops.mol_score.arguments import DIFFERENTIABLE, Operands, Settings
 from ops.mol_score.reference import EPS, LAYER_NORM_EPS, OF_GATE, OF_MIXTURE, Pairs, kept, score_pairs, sums
 
 # Pairs a block: what stays in a processor's cache, and what fills a GPU.
-_PAIRS = {"cpu": 1 << 12, "cuda": 1 << 17}
+_CPU_PAIRS, _GPU_PAIRS = 1 << 12, 1 << 17
 # Items a block at most, so that several queries share them.
 _ITEMS = 1024
 
@@ -30,7 +30,8 @@ def _blocks(o: Operands) -> Iterator[tuple[slice, slice]]:
     """Rows and items of each block."""
     batch, items = o.pairs
     columns = min(items, _ITEMS)
-    lines = max(_PAIRS[o.q.device.type] // max(columns, 1), 1)
+    pairs = _CPU_PAIRS if o.q.device.type == "cpu" else _GPU_PAIRS
+    lines = max(pairs // max(columns, 1), 1)
     for row in range(0, batch, lines):
         for item in range(0, items, max(columns, 1)):
             yield slice(row, min(row + lines, batch)), slice(item, min(item + columns, items))
@@ -53,8 +54,8 @@ def score_into(scores: Tensor, o: Operands, s: Settings) -> Tensor:
     return total
 
 
-def backward(grad_scores: Tensor, grad_sums: Tensor, o: Operands, s: Settings) -> list[Tensor]:
-    """Gradients of the differentiable operands, an empty one for each that is absent."""
+def backward(grad_scores: Tensor, grad_sums: Tensor, o: Operands, s: Settings, wanted: Sequence[bool]) -> list[Tensor]:
+    """Gradients of the differentiable operands, an empty one for each that is absent or not wanted."""
     dtype = o.compute_dtype
     # A query's own items meet no other query: their gradient is written once and needs no wider dtype to add up in.
     own = () if o.shared else (1, 3)
@@ -70,7 +71,8 @@ def backward(grad_scores: Tensor, grad_sums: Tensor, o: Operands, s: Settings) -
         for total, part in zip(of_operands.block(rows, items)[:DIFFERENTIABLE], parts, strict=True):
             if total is not None and part is not None:
                 total += part
-    return [g if t is None else g.to(t.dtype) for g, t in zip(grads, o, strict=False)]
+    found = zip(grads, o, wanted, strict=False)
+    return [g.to(t.dtype) if t is not None and w else o.q.new_empty(0) for g, t, w in found]
 
 
 def _pair_gradients(

@@ -7,6 +7,7 @@ rounded, where they meet such weights; sums are float32. float32 follows `torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ _MAX_LOGITS = 128
 # In backward: of components, and where float32 takes more registers than there are.
 _MAX_WIDTH = 128
 _MAX_OWN_LOGITS = 64
+# Blocks that CUDA takes on the second axis of a grid.
+_MAX_SECOND_AXIS = 65_535
 # The shortest side of a matrix product.
 _MIN_SIDE = 16
 # Programs that fill a GPU, blocks that one should at least walk, and partial sums of the layers' gradients at most.
@@ -66,6 +69,8 @@ def refuses(o: Operands | None = None, *_: Any) -> str | None:
     reason = triton_runtime.refuses(*(o or ()))
     if reason is None and o is not None and _padded_logits(o) > _MAX_LOGITS:
         return f"{o.num_logits} logits, expected at most {_MAX_LOGITS} where components are padded to powers of two"
+    if reason is None and o is not None and (blocks := _grid(o, _key(o))[1]) > _MAX_SECOND_AXIS:
+        return f"{o.pairs} pairs in {blocks} blocks along the shorter side, expected at most {_MAX_SECOND_AXIS}"
     return reason
 
 
@@ -86,16 +91,12 @@ def topk_refuses(*args: Any) -> str | None:
 
 def _padded_parts(o: Operands) -> tuple[int, int]:
     """Components of a query and of an item, padded: two an item at least, which makes eight items 16 deep."""
-    item_parts = max(_power_of_two(o.x.shape[-2]), 2)
-    return max(_power_of_two(o.q.shape[1]), _MIN_SIDE // item_parts), item_parts
+    item_parts = max(triton_runtime.power_of_two(o.x.shape[-2]), 2)
+    return max(triton_runtime.power_of_two(o.q.shape[1]), _MIN_SIDE // item_parts), item_parts
 
 
 def _padded_logits(o: Operands) -> int:
     return math.prod(_padded_parts(o))
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def _drop(o: Operands, s: Settings) -> Drop:
@@ -119,8 +120,8 @@ def _model(o: Operands, s: Settings) -> Model:
         hidden=0 if o.w1 is None else o.w1.shape[1],
         N=query_parts,
         M=item_parts,
-        W=max(_power_of_two(o.q.shape[2]), _MIN_SIDE),
-        precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        W=max(triton_runtime.power_of_two(o.q.shape[2]), _MIN_SIDE),
+        precision=triton_runtime.precision(),
     )
 
 
@@ -151,7 +152,7 @@ def score_into(scores: Tensor, o: Operands, s: Settings) -> Tensor:
     o = Operands.of(None if t is None else t.contiguous() for t in o)
     m = _model(o, s)
     key = _key(o)
-    blocks = _blocks(o, "mol_score", key)
+    blocks = _grid(o, key)
     sums = scores.new_empty(math.prod(blocks), o.num_logits + 1, dtype=torch.float32) if s.measure else None
     triton_runtime.launch(
         kernels.mol_score,
@@ -164,6 +165,12 @@ def score_into(scores: Tensor, o: Operands, s: Settings) -> Tensor:
     return scores.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(dim=0)
 
 
+def _grid(o: Operands, key: dict[str, int]) -> tuple[int, int]:
+    """Blocks of the forward kernel on the two axes: the second is short on CUDA, so the longer side goes first."""
+    of_queries, of_items = _blocks(o, "mol_score", key)
+    return (of_items, of_queries) if o.shared else (of_queries, of_items)
+
+
 def _blocks(o: Operands, kernel: str, key: dict[str, int]) -> tuple[int, int]:
     """Blocks of queries and of items."""
     rows = _TABLE.constant(kernel, key, "BLOCK_B") if o.shared else 1
@@ -171,15 +178,40 @@ def _blocks(o: Operands, kernel: str, key: dict[str, int]) -> tuple[int, int]:
     return -(-batch // rows), -(-items // _TABLE.constant(kernel, key, "BLOCK_X"))
 
 
-def backward(grad_scores: Tensor, grad_sums: Tensor, o: Operands, s: Settings) -> list[Tensor]:
-    """Gradients of the differentiable operands, an empty one for each that is absent."""
+def backward(grad_scores: Tensor, grad_sums: Tensor, o: Operands, s: Settings, wanted: Sequence[bool]) -> list[Tensor]:
+    """Gradients of the differentiable operands, an empty one for each that is absent or not wanted."""
     o = Operands.of(None if t is None else t.contiguous() for t in o)
-    upstream = (grad_scores.contiguous(), grad_sums.contiguous() if s.measure else None)
-    grads = {**_of_side(o, s, *upstream, of_items=False), **_of_layers(o, s, *upstream)}
-    if o.shared:
+    of_scores, of_sums = grad_scores.contiguous(), grad_sums.contiguous() if s.measure else None
+    scale = _scale(o, of_scores, of_sums)
+    if scale is not None:
+        of_scores = of_scores.float() / scale
+        of_sums = None if of_sums is None else of_sums / scale
+    upstream = (of_scores, of_sums)
+    q, x, q_gate, x_gate, *layers = wanted
+    grads: dict[str, Tensor] = {}
+    if q or q_gate or (not o.shared and (x or x_gate)):
+        grads |= _of_side(o, s, *upstream, of_items=False)
+    if o.shared and (x or x_gate):
         grads |= _of_side(o, s, *upstream, of_items=True)
-    names = Operands._fields[:DIFFERENTIABLE]
-    return [o.q.new_empty(0) if t is None else grads[name] for name, t in zip(names, o, strict=False)]
+    if any(layers):
+        grads |= _of_layers(o, s, *upstream)
+    if scale is not None:
+        grads = {name: grad * scale for name, grad in grads.items()}
+    found = zip(Operands._fields, o, wanted, strict=False)
+    return [grads[name].to(t.dtype) if t is not None and w else o.q.new_empty(0) for name, t, w in found]
+
+
+def _scale(o: Operands, grad_scores: Tensor, grad_sums: Tensor | None) -> Tensor | None:
+    """What upstream gradients are divided by, and theirs multiplied with, where operands are float16.
+
+    A mean over many pairs gives each a gradient below the numbers of float16, in which it meets the operands.
+    """
+    if all(t is None or t.dtype != torch.float16 for t in o[:DIFFERENTIABLE]) or grad_scores.numel() == 0:
+        return None
+    largest = grad_scores.abs().amax().float()
+    if grad_sums is not None:
+        largest = torch.maximum(largest, grad_sums.abs().amax().float())
+    return torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
 
 
 def _parts(o: Operands, names: tuple[str, ...], parts: int) -> dict[str, Tensor]:
@@ -188,8 +220,8 @@ def _parts(o: Operands, names: tuple[str, ...], parts: int) -> dict[str, Tensor]
     return {name: t.new_empty(parts, *t.shape, dtype=torch.float32) for name, t in found.items() if t is not None}
 
 
-def _summed(o: Operands, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: (t[0] if len(t) == 1 else t.sum(dim=0)).to(getattr(o, name).dtype) for name, t in parts.items()}
+def _summed(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t[0] if len(t) == 1 else t.sum(dim=0) for name, t in parts.items()}
 
 
 def _of_side(
@@ -225,7 +257,7 @@ def _of_side(
         m=m,
         OF_ITEMS=of_items,
     )
-    return _summed(o, parts) | own
+    return _summed(parts) | own
 
 
 def _of_layers(o: Operands, s: Settings, grad_scores: Tensor, grad_sums: Tensor | None) -> dict[str, Tensor]:
@@ -245,4 +277,4 @@ def _of_layers(o: Operands, s: Settings, grad_scores: Tensor, grad_sums: Tensor 
         key=key,
         m=m,
     )
-    return _summed(o, parts)
+    return _summed(parts)

@@ -284,7 +284,10 @@ def mol_score(
     drop = _seeded(drop, low_seed, high_seed)
     # Queries that share no items come one at a time.
     ROWS: tl.constexpr = BLOCK_B if m.shared else 1
-    t = _tile(tl.program_id(0), tl.program_id(1), batch, items, m, ROWS, BLOCK_X)
+    # The longer side stands on the first axis: the second ends at 65,535 blocks.
+    block_b = tl.program_id(1) if m.shared else tl.program_id(0)
+    block_x = tl.program_id(0) if m.shared else tl.program_id(1)
+    t = _tile(block_b, block_x, batch, items, m, ROWS, BLOCK_X)
     logits, _, _, pi = _forward(o, drop, inverse_temperature, t, m, BLOCK_D, BLOCK_H)
     mixture, _, _ = _mixture(drop, pi, t, m)
     scores = tl.sum(mixture * logits, axis=1).reshape([BLOCK_X, ROWS])

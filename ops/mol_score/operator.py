@@ -56,22 +56,26 @@ def _mol_score_backward(
     grad_scores: Tensor,
     grad_sums: Tensor,
     operands: Sequence[Tensor | None],
+    wanted: Sequence[bool],
     combination: str,
     measure: bool,
     seed: int,
     numbers: Sequence[float],
     triton: bool,
 ) -> list[Tensor]:
-    """A gradient for each differentiable operand, an empty tensor for one that is absent."""
+    """A gradient for each differentiable operand, an empty tensor for one that is absent or not wanted."""
     o, s = Operands.of(operands), Settings(combination, measure, seed, *numbers)
     form = gpu if on_gpu(o.q, triton) and gpu.backward_refuses(o) is None else blocked
-    return form.backward(grad_scores, grad_sums, o, s)
+    return form.backward(grad_scores, grad_sums, o, s, wanted)
 
 
 @_mol_score_backward.register_fake
-def _(grad_scores: Tensor, grad_sums: Tensor, operands: Sequence[Tensor | None], *_: Any) -> list[Tensor]:
+def _(
+    grad_scores: Tensor, grad_sums: Tensor, operands: Sequence[Tensor | None], wanted: Sequence[bool], *_: Any
+) -> list[Tensor]:
     o = Operands.of(operands)
-    return [o.q.new_empty(0) if t is None else t.new_empty(t.shape) for t in o[:DIFFERENTIABLE]]
+    found = zip(o, wanted, strict=False)
+    return [t.new_empty(t.shape) if t is not None and w else o.q.new_empty(0) for t, w in found]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -81,9 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_scores: Tensor, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
     operands = ctx.saved_tensors
-    grads = _mol_score_backward(grad_scores, grad_sums, operands, *ctx.settings)
-    wanted = zip(grads, operands, ctx.needs_input_grad, strict=False)
-    return *(g if t is not None and needed else None for g, t, needed in wanted), *[None] * 6
+    wanted = [t is not None and w for t, w in zip(operands[:DIFFERENTIABLE], ctx.needs_input_grad, strict=False)]
+    grads = _mol_score_backward(grad_scores, grad_sums, operands, wanted, *ctx.settings)
+    return *(grad if w else None for grad, w in zip(grads, wanted, strict=True)), *[None] * 6
 
 
 _mol_score.register_autograd(_backward, setup_context=_setup_context)

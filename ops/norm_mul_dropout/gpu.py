@@ -43,7 +43,7 @@ def _scalars(form: Form) -> tuple[int | float, ...]:
 
 
 def _variant(group_width: int, form: Form) -> dict[str, Any]:
-    block = 1 << max(group_width - 1, 0).bit_length()
+    block = triton_runtime.power_of_two(group_width)
     return {
         "table": _TABLE,
         "key": {"width": block},

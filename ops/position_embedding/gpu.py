@@ -48,7 +48,7 @@ def position_embedding(
         *((0, 0) if edges is None else search(edges)),
         *(x_TD.stride(0), width),
         table=_TABLE,
-        key={"width": 1 << max(width - 1, 0).bit_length()},
+        key={"width": triton_runtime.power_of_two(width)},
         NEWEST=newest,
         STRIDE=stride,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.rank.reference import Seen
-from ops.rows import find_sorted, select_rows
+from ops.rows import compute_dtype, find_sorted, select_rows
 
 # 8 MB of float32 scores stay in the last-level cache of a laptop ...
 _CACHE_SCORES = 1 << 21
@@ -41,7 +41,7 @@ def block_rows(candidates: int, device: torch.device) -> int:
 
 
 def _products(queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor) -> Iterator[Block]:
-    dtype = torch.promote_types(queries_BD.dtype, torch.float32)
+    dtype = compute_dtype(queries_BD)
     rows_XD = select_rows(table_XD, candidate_ids_X).to(dtype)
     step = block_rows(len(candidate_ids_X), queries_BD.device)
     buffer = torch.empty(min(step, len(queries_BD)), len(candidate_ids_X), dtype=dtype, device=queries_BD.device)
@@ -58,6 +58,7 @@ class _SeenPositions:
         self.offsets: Tensor | None = None
         if seen is not None:
             self.offsets, seen_ids_S = seen
+            self.ends = self.offsets.tolist()
             self.position_S, self.found_S = find_sorted(candidate_ids_X, seen_ids_S)
 
     def hide(self, scores_bX: Tensor, rows: slice) -> None:
@@ -65,7 +66,7 @@ class _SeenPositions:
         if self.offsets is None:
             return
         offsets_b = self.offsets[rows.start : rows.stop + 1]
-        own = slice(int(offsets_b[0]), int(offsets_b[-1]))
+        own = slice(self.ends[rows.start], self.ends[rows.stop])
         row_s = torch.arange(len(scores_bX), device=offsets_b.device).repeat_interleave(offsets_b.diff())
         flat_s = (row_s * scores_bX.shape[1] + self.position_S[own])[self.found_S[own]]
         scores_bX.view(-1)[flat_s] = float("-inf")
@@ -113,7 +114,7 @@ def rank_in_blocks(blocks: Iterable[Block], candidate_ids_X: Tensor, target_ids_
 def topk(
     queries_BD: Tensor, table_XD: Tensor, candidate_ids_X: Tensor, k: int, seen: Seen
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(queries_BD.dtype, torch.float32)
+    dtype = compute_dtype(queries_BD)
     blocks = _products(queries_BD, table_XD, candidate_ids_X)
     return topk_in_blocks(blocks, candidate_ids_X, k, seen, len(queries_BD), dtype)
 

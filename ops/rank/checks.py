@@ -1,7 +1,7 @@
 """Refusals that everything ranking candidates shares. Values are looked at where that does not hold up a device.
 
-On a GPU scores may be NaN or infinite: what `rank_of_target` says of them holds. Under `torch.compile` no value is
-looked at.
+A GPU is waited for once a catalogue, see `ops.rows.extent`. There scores may be NaN or infinite: what `rank_of_target`
+says of them holds. Under `torch.compile` no value is looked at.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.rows import extent
 from ops.tracing import check_offsets
 
 
@@ -19,8 +20,8 @@ def check_candidates(candidate_ids_X: Tensor, rows: int | None = None) -> None:
         raise ValueError(f"rank candidate_ids: got {got}, expected int64 (X,)")
     if torch.compiler.is_compiling() or not candidate_ids_X.numel():
         return
-    ids = candidate_ids_X
-    if bool((ids.diff() <= 0).any()) or int(ids[0]) < 0 or (rows is not None and int(ids[-1]) >= rows):
+    ids = extent(candidate_ids_X)
+    if not ids.ascends or ids.smallest < 0 or (rows is not None and ids.largest >= rows):
         bound = "" if rows is None else f" in 0 to {rows - 1}"
         raise ValueError(f"rank candidate_ids: expected ascending unique ids{bound}; try torch.unique")
 

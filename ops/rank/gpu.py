@@ -1,7 +1,8 @@
 """Triton form of rank and top-k: sorts the seen positions, cuts the candidates into splits, launches, and merges.
 
 Half precisions go to the tensor cores as they are: their products are exact in the float32 they are added in. float32
-follows `torch.backends.cuda.matmul.allow_tf32`. Nothing here waits for the device.
+follows `torch.backends.cuda.matmul.allow_tf32`. Nothing waits for the device, but for what `ops.rows.extent` reads of a
+new catalogue.
 """
 
 from __future__ import annotations
@@ -137,10 +138,12 @@ def _launch(
         key = {"bytes": 0, "ieee": 1, "width": 0}
         constants |= {"WIDTH": 0, "PRECISION": "ieee"}
     else:
-        size, width = source.queries.element_size(), source.queries.shape[1]
-        tf32 = torch.backends.cuda.matmul.allow_tf32 or source.queries.dtype == source.table.dtype != torch.float32
-        key = {"bytes": size, "ieee": int(not tf32), "width": width}
-        constants |= {"WIDTH": width, "PRECISION": "tf32" if tf32 else "ieee"}
+        # Unlike dtypes meet in float32.
+        alike, width = source.queries.dtype == source.table.dtype, source.queries.shape[1]
+        size = source.queries.element_size() if alike else 4
+        precision = triton_runtime.precision() if size == 4 else "tf32"
+        key = {"bytes": size, "ieee": int(precision == "ieee"), "width": width}
+        constants |= {"WIDTH": width, "PRECISION": precision}
     triton_runtime.launch(
         kernel,
         lambda config: (-(-rows // config["BLOCK_B"]), splits.number),
@@ -200,7 +203,7 @@ def topk_in_blocks(
     if batch == 0 or candidates == 0:
         return scores_BK, ids_BK, ids_BK.sum(dim=1)
     positions = SeenPositions(candidate_ids_X, seen, batch)
-    kept = max(_MIN_K, 1 << (k - 1).bit_length())
+    kept = triton_runtime.power_of_two(k, at_least=_MIN_K)
     for rows, source in blocks:
         number = rows.stop - rows.start
         splits = _splits(number, _TOPK_ROWS, candidates, device)

@@ -26,7 +26,7 @@ the residual of a call with `codebooks[:l]`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ops.dispatch import Implementation, Op
 from ops.residual_quantize import cpu, gpu, operator, reference
+from ops.rows import compute_dtype
 
 __all__ = ["residual_quantize"]
 
@@ -72,13 +73,9 @@ def residual_quantize(
     with torch.no_grad():
         if not levels:
             return x_TD.new_empty(x_TD.shape[0], 0, dtype=torch.int64), x_TD.clone()
-        codebooks_LCD, half_norms_LC = _uniform(levels, _compute_dtype(x_TD, *levels))
+        codebooks_LCD, half_norms_LC = _uniform(levels, compute_dtype(x_TD, *levels))
         codes_TL, residual_TD = _residual_quantize(x_TD.detach(), codebooks_LCD, half_norms_LC, backend=backend)
     return codes_TL, residual_TD
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    return reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def _uniform(levels: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def residual_quantize(x_TD: Tensor, codebooks_LCD: Tensor, half_norms_LC: Tensor
     residual_TD = torch.empty(tokens, width, dtype=torch.float32, device=x_TD.device)
     tensor_cores = torch.backends.cuda.matmul.allow_tf32
     # Powers of two, so that catalogues of about one size share a choice.
-    bucket = 1 << max(tokens - 1, 0).bit_length()
+    bucket = triton_runtime.power_of_two(tokens)
     triton_runtime.launch(
         kernels.residual_quantize,
         lambda config: (-(-tokens // config["BLOCK_T"]),),

@@ -66,7 +66,7 @@ def _sum_sorted(
     chunks = entries // CHUNK
     chunks_CD = torch.empty(chunks, width, dtype=torch.float32, device=source_SD.device)
     sums_VD = torch.empty(num_rows, width, dtype=torch.float32, device=source_SD.device)
-    block_d = min(max(1 << (width - 1).bit_length(), 16), _MAX_BLOCK_D)
+    block_d = min(triton_runtime.power_of_two(width, at_least=16), _MAX_BLOCK_D)
     lanes = -(-width // block_d)
     key = {"entries_a_row": 1 << (entries // max(num_rows, 1)).bit_length(), "width": block_d}
     triton_runtime.launch(

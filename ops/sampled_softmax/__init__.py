@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from ops.dispatch import Implementation, Op
+from ops.rows import compute_dtype
 from ops.sampled_softmax import cpu, gpu, operator, reference
 
 __all__ = ["sampled_softmax_loss"]
@@ -56,7 +57,7 @@ def sampled_softmax_loss(
     """
     _check(queries_TD, table_VD, positive_ids_T, negative_ids_TR, temperature, item_log_q)
     if item_log_q is not None:
-        dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+        dtype = compute_dtype(queries_TD, table_VD)
         item_log_q = item_log_q.detach().to(dtype)
     losses_T: torch.Tensor = _sampled_softmax(
         queries_TD,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops import native
 from ops.row_sums import cpu as row_sums
-from ops.rows import l2_normalize_backward
+from ops.rows import compute_dtype, l2_normalize_backward
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -102,7 +102,7 @@ row_sums_sparse = row_sums.row_sums_sparse
 
 
 def _dtype(queries_TD: Tensor, table_VD: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    return compute_dtype(queries_TD, table_VD)
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:

@@ -47,7 +47,7 @@ def forward(
     losses_T, slopes_TD, logits_TR = (
         torch.empty(shape, dtype=torch.float32, device=queries_TD.device) for shape in shapes
     )
-    block_d = _block_d(width)
+    block_d = triton_runtime.power_of_two(width, at_least=16)
     triton_runtime.launch(
         kernels.sampled_softmax,
         lambda config: (tokens,),
@@ -96,7 +96,7 @@ def finish_rows(grad_UD: Tensor, rows_UD: Tensor, l2_norm: bool, eps: float) -> 
     num_rows, width = rows_UD.shape
     rows_UD = rows_UD if rows_UD.stride(1) == 1 else rows_UD.contiguous()
     out_UD = torch.empty(num_rows, width, dtype=rows_UD.dtype, device=rows_UD.device)
-    block_d = _block_d(width)
+    block_d = triton_runtime.power_of_two(width, at_least=16)
     triton_runtime.launch(
         kernels.finish_rows,
         lambda config: (-(-num_rows // config["BLOCK_V"]),),
@@ -109,7 +109,3 @@ def finish_rows(grad_UD: Tensor, rows_UD: Tensor, l2_norm: bool, eps: float) -> 
 
 
 row_sums_sparse = row_sums.row_sums_sparse
-
-
-def _block_d(width: int) -> int:
-    return max(1 << (width - 1).bit_length(), 16)

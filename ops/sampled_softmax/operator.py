@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.rows import compute_dtype
 from ops.sampled_softmax import cpu, gpu
 from ops.sampled_softmax.pairs import pairs
 from ops.triton_runtime import on_gpu
@@ -49,7 +50,7 @@ def _(
     sparse_grad: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    dtype = compute_dtype(queries_TD, table_VD)
     tokens, width = queries_TD.shape
     kept = tokens if needs_grad else 0
     shapes = (tokens,), (kept, width), (kept, negative_ids_TR.shape[1])

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.rows import l2_normalize
+from ops.rows import compute_dtype, l2_normalize
 
 SAME_AS_POSITIVE = -5e4
 
@@ -37,7 +37,7 @@ def sampled_softmax_loss(
     item_log_q: Tensor | None,
     sparse_grad: bool,
 ) -> Tensor:
-    dtype = torch.promote_types(torch.promote_types(queries_TD.dtype, table_VD.dtype), torch.float32)
+    dtype = compute_dtype(queries_TD, table_VD)
     queries_TD = queries_TD.to(dtype)
     table_VD = _SparseRows.apply(table_VD, dtype) if sparse_grad else table_VD.to(dtype)
     # The positive first.

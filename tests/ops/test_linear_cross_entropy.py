@@ -332,17 +332,17 @@ def test_a_target_outside_the_catalogue_is_an_error_or_nan(target: int, catalogu
 
 def test_what_is_known_of_a_catalogue_follows_its_tensor() -> None:
     ids = torch.arange(5, 9)
-    assert extent(ids) == (5, 8, True)
+    assert extent(ids) == (5, 8, True, True)
     ids[1] = 5
-    assert extent(ids) == (5, 8, False)
+    assert extent(ids) == (5, 8, False, False)
     ids.copy_(torch.tensor([4, 3, 2, 1]))
-    assert extent(ids) == (1, 4, False)
+    assert extent(ids) == (1, 4, False, False)
     ids.data.copy_(torch.arange(4))
-    assert extent(ids) == (0, 3, True)
+    assert extent(ids) == (0, 3, True, True)
     array = np.arange(3)
     shared = torch.from_numpy(array)
-    assert extent(shared) == (0, 2, True)
+    assert extent(shared) == (0, 2, True, True)
     array[2] = 7
-    assert extent(shared) == (0, 7, False)
+    assert extent(shared) == (0, 7, True, False)
     with torch.inference_mode():
-        assert extent(torch.tensor([7])) == (7, 7, True)
+        assert extent(torch.tensor([7])) == (7, 7, True, True)

@@ -171,7 +171,7 @@ def test_dropout_is_the_same_anywhere_in_any_block(
     fast: Place, dropout: MoLDropout, own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several blocks each way, the last ones short, and gradients in parts."""
-    monkeypatch.setattr(blocked, "_PAIRS", {"cpu": 20, "cuda": 20})
+    monkeypatch.setattr(blocked, "_CPU_PAIRS", 20)
     monkeypatch.setattr(blocked, "_ITEMS", 8)
     for name, value in (("_MIN_BLOCKS", 1), ("_PROGRAMS", 4), ("_WORKERS", 3)):
         monkeypatch.setattr(gpu, name, value)
@@ -278,7 +278,7 @@ def test_operators_are_registered_soundly(fast: Place) -> None:
     end = ("glu_silu", True, 3, [0.5, 0.0, 0.0], on_triton)
     torch.library.opcheck(torch.ops.gr.mol_score.default, (*held, None, *end))
     upstream = torch.ops.gr.mol_score(*o, *end)
-    torch.library.opcheck(torch.ops.gr.mol_score_backward.default, (*upstream, list(o), *end))
+    torch.library.opcheck(torch.ops.gr.mol_score_backward.default, (*upstream, list(o), [True, False] * 4, *end))
     ids, seen = fast.put(torch.arange(3)), fast.put((torch.tensor([0, 1, 2]), torch.tensor([1, 2])))
     arguments, end = (list(o), ids), ("glu_silu", 0.5, on_triton)
     torch.library.opcheck(torch.ops.gr.mol_rank_of_target.default, (*arguments, ids[:2], *seen, *end))
@@ -382,3 +382,52 @@ def test_scores_mixture_and_gradients_of_the_public_code(place: Place, name: str
     for key, leaf in leaves.items():
         wanted = data[f"grad/{key}"]
         torch.testing.assert_close(leaf.grad, wanted, rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_half_precision_keeps_the_small_gradients_of_a_mean(fast: Place) -> None:
+    """A mean over so many pairs that the gradient of one is no number of float16."""
+    leaves = drawn(24, 256, 4, 4, width=16, dtype=torch.float16)
+    narrow = {name: x.half() for name, x in leaves.items()}
+
+    def loss(**given: Tensor) -> Tensor:
+        entropy = mol.mol_score_with_mixture(*arguments_of(given), temperature=TEMPERATURE, backend=fast.backend)[2]
+        return entropy * 1e-4
+
+    found = outputs_and_gradients(loss, fast.put(narrow))
+    scaled = {name: x.double() for name, x in leaves.items()}
+    exact = outputs_and_gradients(partial(_exact_entropy, 1e-4), scaled)
+    for name in ("grad_q", "grad_x", "grad_w1", "grad_q_gate"):
+        wanted = exact[name]
+        # What the gradient's own float16 cannot hold is no fault of the way there.
+        apart = (found[name].cpu().double() - wanted).abs().max() / wanted.abs().max()
+        step = 2**-25 / wanted.abs().max()
+        assert apart < 5e-3 + step, f"{name}: {apart:.1e}"
+
+
+def _exact_entropy(scale: float, **leaves: Tensor) -> Tensor:
+    return plainly(torch.float64, **leaves)[1][-1] * scale
+
+
+def test_each_gradient_alone_is_that_of_all(fast: Place) -> None:
+    leaves = singles(fast, 3, 5)
+    everything = outputs_and_gradients(partial(call, fast), leaves)
+    for wanted in ("q", "x_gate", "w2"):
+        held = {name: x.clone().requires_grad_(name == wanted) for name, x in leaves.items()}
+        out = call(fast, **held)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(out)
+        (grad,) = torch.autograd.grad(out, held[wanted], upstream)
+        torch.testing.assert_close(grad, everything[f"grad_{wanted}"], msg=wanted)
+
+
+def test_the_longer_side_of_a_grid_goes_first() -> None:
+    """CUDA takes 2^31 blocks on the first axis and 65,535 on the second; the interpreter minds neither."""
+
+    def shaped(*x: int, batch: int) -> Operands:
+        return Operands(torch.zeros(1, 1, 1).expand(batch, 4, 8), torch.zeros(1).expand(x), *[None] * 7)
+
+    many_items, own_items = shaped(5_000_000, 4, 8, batch=64), shaped(300_000, 200, 4, 8, batch=300_000)
+    for o in (many_items, own_items):
+        assert gpu._grid(o, gpu._key(o))[1] <= 65_535
+    many_queries = shaped(5, 4, 8, batch=3_000_000)
+    with_kernels = gpu.refuses() is None
+    assert not with_kernels or "blocks along the shorter side" in str(gpu.refuses(many_queries))
