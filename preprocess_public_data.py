@@ -2,8 +2,10 @@
 
     python preprocess_public_data.py                                    # ml-1m, ml-20m and amzn-books
     python preprocess_public_data.py --dataset=ml-1m [--raw=ml-1m.zip]  # a zip or folder that is already here
+    python preprocess_public_data.py --dataset=amzn14-beauty [--raw=FOLDER]  # its reviews_*_5.json.gz, meta_*.json.gz
     python preprocess_public_data.py --dataset=synthetic
     python preprocess_public_data.py --dataset=custom --raw=events.csv --user_column=customer --timestamp_column=time
+    python preprocess_public_data.py --dataset=custom --raw=FOLDER   # sequential_data.txt or interactions.parquet
 
 Exit status: 0 all prepared (or already there), 2 with one line for every dataset that failed; 143 on SIGTERM, which
 leaves no half-written dataset behind.

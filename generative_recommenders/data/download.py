@@ -34,6 +34,7 @@ def download(
     timeout: float = 20.0,
     pause: float = 1.0,
     progress: bool = True,
+    remedy: str = "name it with --raw=FILE",
 ) -> None:
     """Fetch the first of `urls` that answers into `target`.
 
@@ -44,6 +45,7 @@ def download(
         attempts: tries for each url; each continues where the one before stopped.
         timeout: seconds without a byte before a try is given up.
         pause: seconds before the second try, doubled for each further one.
+        remedy: what the error tells the user to do with a file fetched by other means.
     Raises:
         DataError: no url delivered the whole file, or it cannot be written.
     """
@@ -68,9 +70,7 @@ def download(
                 logger.info("download of %s, attempt %d of %d: %s", url, attempt + 1, attempts, error)
                 if attempt == attempts - 1:
                     failures.append(f"{url}: {error} after {attempts} attempts")
-    raise DataError(
-        f"download failed: {'; '.join(failures)}; fetch the file by other means and name it with --raw=FILE"
-    )
+    raise DataError(f"download failed: {'; '.join(failures)}; fetch the file by other means and {remedy}")
 
 
 def _continue(url: str, part: Path, timeout: float, progress: bool) -> None:

@@ -82,7 +82,8 @@ def prepare(
     elif raw is not None:
         raise DataError(f"--raw: dataset {name!r} is generated and reads no file; leave --raw out")
     options = source.options if shuffle_ties is None else {**source.options, "shuffle_ties": shuffle_ties}
-    current = None if force else _current(folder, options, files, csv)
+    chosen = source.chosen_files(files) if files is not None else []
+    current = None if force else _current(folder, options, files, chosen, csv)
     if current is not None:
         return Prepared(folder, current, written=False)
 
@@ -153,7 +154,9 @@ def sequences_table(events: RawEvents, shuffle_ties: int | None = None) -> pa.Ta
     return pa.table(columns)
 
 
-def _current(folder: Path, options: Mapping[str, Any], files: RawFiles | None, csv: bool) -> Mapping[str, Any] | None:
+def _current(
+    folder: Path, options: Mapping[str, Any], files: RawFiles | None, chosen: list[str], csv: bool
+) -> Mapping[str, Any] | None:
     """Content of dataset.json if `folder` holds what this call would write, else None."""
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
@@ -162,6 +165,8 @@ def _current(folder: Path, options: Mapping[str, Any], files: RawFiles | None, c
     wanted = [SEQUENCES_FILE, ITEMS_FILE, *([CSV_FILE] if csv else [])]
     same = metadata.get("version") == VERSION and metadata.get("options") == options
     if not same or not all((folder / file).is_file() for file in wanted):
+        return None
+    if not set(chosen) <= set(metadata.get("checksum", {})):
         return None
     for member, checksum in metadata.get("checksum", {}).items():
         if files is None or not files.has(member):

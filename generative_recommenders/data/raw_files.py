@@ -4,6 +4,7 @@ Nothing is ever unpacked to disk: members are read straight from the archive, so
 cannot do harm, and is refused all the same because an archive that holds one is not the published file.
 """
 
+import fnmatch
 import hashlib
 import stat
 import zipfile
@@ -54,6 +55,14 @@ class RawFiles:
         """Whether a file of this name is there."""
         return self._find(name) is not None
 
+    def names(self, pattern: str) -> list[str]:
+        """Distinct names of the files that match a shell pattern, sorted."""
+        return sorted({path.name for path in self._paths() if fnmatch.fnmatchcase(path.name, pattern)})
+
+    def folders(self, name: str) -> list[str]:
+        """Folders that hold a file of this name, relative to `path`, sorted; `read` takes the file of the first."""
+        return sorted(str(path.parent) for path in self._paths() if path.name == name)
+
     def read(self, name: str) -> pa.Buffer:
         """Whole content of the file `name`; a plain file is memory-mapped.
 
@@ -87,6 +96,15 @@ class RawFiles:
         if found.stat().st_size == 0:
             return pa.py_buffer(b"")
         return pa.memory_map(str(found)).read_buffer()
+
+    def _paths(self) -> list[PurePosixPath]:
+        """Where files may be found, relative to `path`."""
+        if self._archive is not None:
+            return [PurePosixPath(info.filename) for info in self._archive.infolist() if not info.is_dir()]
+        if self.is_single_file:
+            return [PurePosixPath(self.path.name)]
+        files = (path for pattern in ("*", "*/*") for path in self.path.glob(pattern) if path.is_file())
+        return [PurePosixPath(path.relative_to(self.path).as_posix()) for path in files]
 
     def _find(self, name: str) -> Path | zipfile.ZipInfo | None:
         if self._archive is not None:

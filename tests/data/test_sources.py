@@ -23,7 +23,17 @@ from generative_recommenders.data.sources import ml_100k
 
 
 def test_registry_lists_every_source() -> None:
-    assert sources.names() == ["amzn-books", "custom", "ml-100k", "ml-1m", "ml-20m", "synthetic"]
+    assert sources.names() == [
+        "amzn-books",
+        "amzn14-beauty",
+        "amzn14-sports",
+        "amzn14-toys",
+        "custom",
+        "ml-100k",
+        "ml-1m",
+        "ml-20m",
+        "synthetic",
+    ]
     assert all(sources.get(name).name == name for name in sources.names())
 
 

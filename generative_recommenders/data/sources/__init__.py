@@ -1,7 +1,8 @@
 """Sources of events: one dataset a file, found by name.
 
-A module of this package that has a `SOURCE` is a dataset; adding one is adding that file. What a source reads is
-checked, ordered and written by `generative_recommenders.data.preprocess`.
+A module of this package that has a `SOURCE` is a dataset; adding one is adding that file. A module without one holds
+what several datasets share. What a source reads is checked, ordered and written by
+`generative_recommenders.data.preprocess`.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ class RawEvents:
         user_ids, item_ids: int64 (E,); item ids are >= 1.
         ratings: float32 (E,).
         timestamps: int64 (E,), seconds.
-        items: `item_id` int64 ascending, `raw_id` string, and where known `title`, `text`, `categories`.
+        items: `item_id` int64 ascending, `raw_id` string, and where known `title`, `text`, `categories`, `brand`,
+            `embedding`.
         users: None, or `user_id` int64 ascending and further columns; may list users without events.
         facts: further entries of dataset.json.
     """
@@ -52,6 +54,8 @@ class Source(ABC):
     Attributes:
         urls: places of the raw file, tried in turn; empty where there is nothing to download.
         file_name: name of the downloaded file inside the data folder.
+        downloads: for a dataset of several files, file names and the places of each, instead of `urls`; they go to
+            `raw/<name>/` inside the data folder.
         sha256: expected checksums of the files inside, where they are known.
         expected_counts: exact values of entries of `counts`, and of `max_item_id`; checked after reading.
         csv_id_shift: what `sasrec_format.csv` subtracts from ids, for the datasets whose CSV counts from 0.
@@ -61,6 +65,7 @@ class Source(ABC):
     name: str
     urls: tuple[str, ...] = ()
     file_name: str = ""
+    downloads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     expected_counts: Mapping[str, int] = field(default_factory=dict)
     csv_id_shift: int = 0
@@ -75,8 +80,18 @@ class Source(ABC):
         """Whether `read` takes files; False for a source that generates its events."""
         return True
 
+    def chosen_files(self, raw: RawFiles) -> list[str]:
+        """Names of the files that `read` takes, for a source that goes by what is there; else empty."""
+        return []
+
     def fetch(self, data_dir: Path) -> Path:
         """Path of the raw files inside `data_dir`, downloaded first where they are not there yet."""
+        if self.downloads:
+            folder = data_dir / "raw" / self.name
+            for file, urls in self.downloads.items():
+                if not (folder / file).exists():
+                    download(urls, folder / file, remedy=f"put it at {folder / file}")
+            return folder
         target = data_dir / self.file_name
         if not target.exists():
             if not self.urls:
@@ -105,7 +120,7 @@ def _plain(value: Any) -> Any:
 @functools.cache
 def _registry() -> dict[str, Source]:
     modules = (importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
-    return {module.SOURCE.name: module.SOURCE for module in modules}
+    return {module.SOURCE.name: module.SOURCE for module in modules if hasattr(module, "SOURCE")}
 
 
 def names() -> list[str]:
@@ -127,3 +142,9 @@ def get(name: str) -> Source:
 def item_text(title: str, categories: list[str], label: str = "Categories") -> str:
     """One sentence or two that describe an item to a text model: `Title. Categories: a, b.`"""
     return f"{title}. {label}: {', '.join(categories)}." if categories else f"{title}."
+
+
+def product_text(title: str | None, brand: str | None, path: list[str]) -> str | None:
+    """What describes a product to a text model: `Title. Brand: brand. Categories: a > b`; None if nothing is known."""
+    parts = [title, f"Brand: {brand}" if brand else None, f"Categories: {' > '.join(path)}" if path else None]
+    return ". ".join(part for part in parts if part) or None

@@ -32,8 +32,8 @@ class AmazonBooks(Source):
         user_codes, users = encoded(table["user"])
         item_codes, items = encoded(table["item"])
         kept = (np.bincount(user_codes)[user_codes] >= _MIN_COUNT) & (np.bincount(item_codes)[item_codes] >= _MIN_COUNT)
-        user_ids, user_names = _ranks(user_codes[kept], users)
-        item_ids, item_names = _ranks(item_codes[kept], items)
+        user_ids, user_names = ranks(user_codes[kept], users)
+        item_ids, item_names = ranks(item_codes[kept], items)
         # The catalogue is what remains before short users go, as published.
         long = np.bincount(user_ids)[user_ids] >= _MIN_COUNT
         return RawEvents(
@@ -46,7 +46,7 @@ class AmazonBooks(Source):
         )
 
 
-def _ranks(codes: np.ndarray, values: pa.Array) -> tuple[np.ndarray, pa.Array]:
+def ranks(codes: np.ndarray, values: pa.Array) -> tuple[np.ndarray, pa.Array]:
     """int64 (E,): 1-based ranks of the values that occur in `codes`, and those values sorted."""
     used = np.flatnonzero(np.bincount(codes, minlength=len(values)))
     names = values.take(pa.array(used))

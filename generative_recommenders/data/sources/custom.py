@@ -3,8 +3,11 @@
 Raw ids may be integers or text; they become 1..n in sorted order (numerically where all are integers) and are kept as
 `raw_id` and `raw_user_id`. Times are seconds, or ISO 8601 dates, which are taken as UTC where they name no zone. An
 item table may add titles, texts, categories and items that nobody has rated.
+
+A folder of sequences whose ids are numbers already keeps them (`generative_recommenders.data.sequence_folder`).
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from generative_recommenders.data import sequence_csv
+from generative_recommenders.data import sequence_csv, sequence_folder
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source, item_text
@@ -45,7 +48,8 @@ _TICKS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 @dataclass(frozen=True, kw_only=True)
 class CustomSource(Source):
-    """Reads one `.csv`, `.tsv` (either also `.gz`) or `.parquet` file of events, or a `sasrec_format.csv` of sequences.
+    """Reads a `.csv`, `.tsv` (either also `.gz`) or `.parquet` file of events, a `sasrec_format.csv`, or a folder of
+    sequences.
 
     Attributes:
         rating_column: None takes the column `rating` where there is one; without ratings all are 1.
@@ -76,8 +80,13 @@ class CustomSource(Source):
             return super().options
         return {**super().options, "items_sha256": hashlib.sha256(self.items.read_bytes()).hexdigest()}
 
+    def chosen_files(self, raw: RawFiles) -> list[str]:
+        return sequence_folder.chosen_files(raw) if sequence_folder.is_sequence_folder(raw) else []
+
     def read(self, raw: RawFiles | None) -> RawEvents:
         assert raw is not None
+        if sequence_folder.is_sequence_folder(raw):
+            return self._read_folder(raw)
         file = _TableFile(raw)
         if sequence_csv.ITEMS in file.names:
             return self._read_sequences(file)
@@ -90,6 +99,15 @@ class CustomSource(Source):
         if rating is not None:
             kinds[rating] = pa.float32()
         return self._events(file.read(kinds), file.where, rating)
+
+    def _read_folder(self, raw: RawFiles) -> RawEvents:
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        given = [name for name in self.option_names if getattr(self, name) != defaults[name]]
+        if given:
+            raise DataError(
+                f"--{given[0]}: got {getattr(self, given[0])}, but a folder of sequences has fixed names; leave it out"
+            )
+        return sequence_folder.read_sequence_folder(raw)
 
     def _read_sequences(self, file: "_TableFile") -> RawEvents:
         """The same from lists of events, a row a user."""
@@ -162,7 +180,10 @@ class _TableFile:
 
     def __init__(self, raw: RawFiles) -> None:
         if not raw.is_single_file:
-            raise DataError(f"--raw: got {raw.path}, expected one .csv, .tsv, .csv.gz or .parquet file")
+            raise DataError(
+                f"--raw: got {raw.path}, expected one .csv, .tsv, .csv.gz or .parquet file, or a folder "
+                f"with {sequence_folder.SEQUENCES} or {sequence_folder.INTERACTIONS}"
+            )
         self.where = str(raw.path)
         suffixes = [suffix.lower() for suffix in raw.path.suffixes]
         packed = suffixes[-1:] == [".gz"]
