@@ -19,7 +19,7 @@ LAYERS = (
     ("nn", "batch", "data", "distributed", "errors", "config", "config_registry", "config_syntax", "config_types"),
     ("encoders", "similarity", "losses", "indexing"),
     ("generative", "ranking", "retrieval", "tokenizers"),
-    ("training", "evaluation", "serving"),
+    ("training", "evaluation", "serving", "grid"),
 )
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Commands at the root of the repository may import everything.
