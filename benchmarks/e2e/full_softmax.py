@@ -50,7 +50,7 @@ def gathered_loss_of(model: RetrievalModel, batch: SequenceBatch, number: int) -
     draws = Draws.of(batch, number)
     queries = model.queries(batch, draws)
     with ops.backend("reference"):
-        arguments = (queries, batch.next_item_ids_T, model.items.table, model.similarity, draws)
+        arguments = ((queries,), batch.next_item_ids_T, model.items.table, model.similarity, draws)
         return model.objective(*arguments).losses_T.mean()
 
 
@@ -92,7 +92,7 @@ def million_items() -> None:
     for _ in range(2):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss = objective(queries, positives, table, DotProduct(), draws).losses_T.mean()
+        loss = objective((queries,), positives, table, DotProduct(), draws).losses_T.mean()
         loss.backward()
         optimizer.step()
         took = time.perf_counter() - started

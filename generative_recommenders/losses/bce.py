@@ -7,13 +7,15 @@ The published class calls a method that no longer exists; this one runs. Logits 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from generative_recommenders.losses.negatives import NegativesSampler
 from generative_recommenders.losses.objective import Objective, TokenLosses
+from generative_recommenders.losses.pairs import drawn_items, gathered, pair_scores
 from generative_recommenders.nn.dropout import Draws
-from generative_recommenders.nn.outputs import l2_normalize
+from generative_recommenders.similarity.dot import Features, Similarity
 
 
 class BCELoss(Objective):
@@ -24,18 +26,13 @@ class BCELoss(Objective):
         self.l2_norm_eps = l2_norm_eps
 
     def forward(
-        self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module, draws: Draws
+        self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
     ) -> TokenLosses:
         negatives_T = self.sampler.sample(positives_T, 1, draws)[:, 0]
-        positive, auxiliary = self._score(queries_TD, positives_T, table_VD, similarity)
-        negative, _ = self._score(queries_TD, negatives_T, table_VD, similarity)
+        ids = torch.stack([positives_T, negatives_T], dim=1)
+        norm = self.l2_norm_eps if self.item_l2_norm else None
+        items, places = drawn_items(ids, table_VD, similarity, draws, norm)
+        positive, negative = pair_scores(queries, items, places, similarity, draws).unbind(dim=1)
+        auxiliary = similarity.pair_losses(queries, gathered(items, places[:, :1]), draws)
         losses_T = 0.5 * (F.softplus(-positive) + F.softplus(negative))
         return TokenLosses(losses_T, (negatives_T != positives_T).to(losses_T.dtype), auxiliary)
-
-    def _score(
-        self, queries_TD: Tensor, ids_T: Tensor, table_VD: Tensor, similarity: nn.Module
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        items = F.embedding(ids_T, table_VD)
-        items = l2_normalize(items, self.l2_norm_eps) if self.item_l2_norm else items
-        scores, auxiliary = similarity(queries_TD, items[:, None])
-        return scores[:, 0], auxiliary

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.losses.objective import Objective, TokenLosses
+from generative_recommenders.losses.pairs import gathered, in_blocks
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.nn.outputs import l2_normalize
-from generative_recommenders.similarity.dot import DotProduct
+from generative_recommenders.similarity.dot import DotProduct, Features, Similarity
 from ops.linear_cross_entropy import linear_cross_entropy
 
 # Logits a block of the generic path may hold: 64 MB in fp32.
@@ -33,11 +33,11 @@ class FullSoftmaxLoss(Objective):
         self.l2_norm_eps = l2_norm_eps
 
     def forward(
-        self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module, draws: Draws
+        self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
     ) -> TokenLosses:
         if isinstance(similarity, DotProduct):
             losses_T = linear_cross_entropy(
-                queries_TD,
+                queries[0],
                 table_VD,
                 self.catalog_X,
                 positives_T,
@@ -46,26 +46,23 @@ class FullSoftmaxLoss(Objective):
                 eps=self.l2_norm_eps,
             )
             return TokenLosses(losses_T, torch.ones_like(losses_T), {})
-        return self._blocks(queries_TD, positives_T, table_VD, similarity)
+        return self._blocks(queries, positives_T, table_VD, similarity, draws)
 
-    def _blocks(self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module) -> TokenLosses:
+    def _blocks(
+        self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
+    ) -> TokenLosses:
         """Any similarity: blocks of tokens against the whole catalogue, recomputed in backward."""
-        items = table_VD[self.catalog_X]
-        items = l2_normalize(items, self.l2_norm_eps) if self.item_l2_norm else items
+        embeddings = table_VD[self.catalog_X]
+        embeddings = l2_normalize(embeddings, self.l2_norm_eps) if self.item_l2_norm else embeddings
+        items = similarity.project_items(embeddings, self.catalog_X, draws)
         places_T = torch.searchsorted(self.catalog_X, positives_T)
+        count = len(queries)
 
-        def block(queries: Tensor, places: Tensor, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            logits, auxiliary = similarity(queries, items)
-            return nn.functional.cross_entropy(logits / self.temperature, places, reduction="none"), auxiliary
+        def block(places: Tensor, keys: Tensor, *features: Tensor) -> Tensor:
+            logits = similarity.score(features[:count], features[count:], Draws(draws.seed, keys))
+            return nn.functional.cross_entropy(logits / self.temperature, places, reduction="none")
 
         size = max(1, _BLOCK_LOGITS // self.catalog_X.numel())
-        losses, weighted = [], list[tuple[int, dict[str, Tensor]]]()
-        for queries, places in zip(queries_TD.split(size), places_T.split(size), strict=True):
-            value, auxiliary = checkpoint(block, queries, places, items, use_reentrant=False)
-            losses.append(value)
-            weighted.append((queries.shape[0], auxiliary))
-        total = max(1, queries_TD.shape[0])
-        names = weighted[0][1] if weighted else {}
-        mean = {name: torch.stack([n * a[name] for n, a in weighted]).sum() / total for name in names}
-        losses_T = torch.cat(losses)
-        return TokenLosses(losses_T, torch.ones_like(losses_T), mean)
+        losses_T = in_blocks(block, size, (places_T, draws.keys_T, *queries), items)
+        auxiliary = similarity.pair_losses(queries, gathered(items, places_T[:, None]), draws)
+        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)

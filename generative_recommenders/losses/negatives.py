@@ -76,7 +76,8 @@ class InBatchNegativesSampler(nn.Module):
     """Uniform over the distinct items of the global batch (histories' next events and targets).
 
     An item is in the batch with probability 1 - (1 - f)^T, f its share of training events and T the batch's tokens; its
-    log, up to a constant, is what logQ subtracts.
+    log, up to a constant, is what logQ subtracts. In evaluation, where no loss may depend on how users are batched, the
+    batch is without end: every item seen in training, each as likely as any other.
     """
 
     catalog_X: Tensor
@@ -88,13 +89,15 @@ class InBatchNegativesSampler(nn.Module):
         self.register_buffer("share_X", counts_X.double() / counts_X.sum().clamp(min=1), persistent=False)
 
     def sample(self, positives_T: Tensor, count: int, draws: Draws) -> Tensor:
-        distinct = torch.unique(all_gather_concat(positives_T))
+        distinct = torch.unique(all_gather_concat(positives_T)) if self.training else self.catalog_X[self.share_X > 0]
         if distinct.numel() == 0:
             return positives_T.new_empty(0, count)
         picks = uniform_ints(draws.stream(_STREAM), draws.keys_T, count, distinct.numel())
         return distinct[picks]
 
     def log_q(self, num_positives: int, num_rows: int) -> Tensor | None:
+        if not self.training:
+            return None
         tokens = all_reduce_sum(torch.tensor(num_positives, device=self.share_X.device))
         present = -torch.expm1(tokens * torch.log1p(-self.share_X.clamp(max=1 - 1e-9)))
         log_q = torch.zeros(num_rows, dtype=torch.float32, device=self.share_X.device)

@@ -20,7 +20,8 @@ class TokenLosses:
 
 
 class Objective(nn.Module):
-    """A module `(queries_TD, positives_T, table_VD, similarity, draws) -> TokenLosses`.
+    """A module `(queries, positives_T, table_VD, similarity, draws) -> TokenLosses`.
 
-    `queries_TD` are post-processed states, `positives_T` the ids they should rank first, `table_VD` the raw item table.
+    `queries` are the similarity's features of T post-processed states, `positives_T` the ids they should rank first,
+    `table_VD` the raw item table.
     """

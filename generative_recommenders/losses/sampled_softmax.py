@@ -9,20 +9,20 @@ from its logits. The published code has no correction and sends ids through floa
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from generative_recommenders.losses.negatives import NegativesSampler
 from generative_recommenders.losses.objective import Objective, TokenLosses
+from generative_recommenders.losses.pairs import drawn_items, gathered, pair_scores
 from generative_recommenders.nn.dropout import Draws
-from generative_recommenders.nn.outputs import l2_normalize
-from generative_recommenders.similarity.dot import DotProduct
+from generative_recommenders.similarity.dot import DotProduct, Features, Similarity
 from ops.sampled_softmax import sampled_softmax_loss
 
 _COLLISION_LOGIT = -5e4
 
 
 class SampledSoftmaxLoss(Objective):
-    """Per-token losses; the dot product runs in one fused op, any other similarity on gathered embeddings."""
+    """Per-token losses; the dot product runs in one fused op, any other similarity on gathered features."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class SampledSoftmaxLoss(Objective):
         self.logq_correction = logq_correction
 
     def forward(
-        self, queries_TD: Tensor, positives_T: Tensor, table_VD: Tensor, similarity: nn.Module, draws: Draws
+        self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
     ) -> TokenLosses:
         negatives_TR = self.sampler.sample(positives_T, self.num_negatives, draws)
         log_q = self.sampler.log_q(positives_T.numel(), table_VD.shape[0]) if self.logq_correction else None
         if isinstance(similarity, DotProduct):
             losses_T = sampled_softmax_loss(
-                queries_TD,
+                queries[0],
                 table_VD,
                 positives_T,
                 negatives_TR,
@@ -58,15 +58,14 @@ class SampledSoftmaxLoss(Objective):
                 item_log_q=log_q,
             )
             return TokenLosses(losses_T, torch.ones_like(losses_T), {})
-        positive, auxiliary = similarity(queries_TD, self._embed(table_VD, positives_T[:, None]))
-        negative, _ = similarity(queries_TD, self._embed(table_VD, negatives_TR))
-        logits = torch.cat([positive, negative], dim=1) / self.temperature
+        ids = torch.cat([positives_T[:, None], negatives_TR], dim=1)
+        norm = self.l2_norm_eps if self.item_l2_norm else None
+        items, places = drawn_items(ids, table_VD, similarity, draws, norm)
+        logits = pair_scores(queries, items, places, similarity, draws) / self.temperature
         if log_q is not None:
-            logits = logits - log_q[torch.cat([positives_T[:, None], negatives_TR], dim=1)]
-        collides = torch.cat([torch.zeros_like(positives_T[:, None]), negatives_TR], dim=1) == positives_T[:, None]
+            logits = logits - log_q[ids]
+        collides = ids == positives_T[:, None]
+        collides[:, 0] = False
         losses_T = -logits.masked_fill(collides, _COLLISION_LOGIT).log_softmax(dim=1)[:, 0]
+        auxiliary = similarity.pair_losses(queries, gathered(items, places[:, :1]), draws)
         return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)
-
-    def _embed(self, table_VD: Tensor, ids: Tensor) -> Tensor:
-        embeddings = torch.nn.functional.embedding(ids, table_VD)
-        return l2_normalize(embeddings, self.l2_norm_eps) if self.item_l2_norm else embeddings

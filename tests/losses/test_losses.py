@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from generative_recommenders.losses.bce import BCELoss
 from generative_recommenders.losses.full_softmax import FullSoftmaxLoss
@@ -20,7 +20,7 @@ from generative_recommenders.losses.negatives import (
 from generative_recommenders.losses.objective import Objective
 from generative_recommenders.losses.sampled_softmax import SampledSoftmaxLoss
 from generative_recommenders.nn.dropout import Draws
-from generative_recommenders.similarity.dot import DotProduct
+from generative_recommenders.similarity.dot import DotProduct, Features, Similarity
 
 CATALOG = torch.tensor([2, 3, 5, 7, 11, 13, 17, 19])
 COUNTS = torch.tensor([50, 0, 5, 20, 1, 3, 9, 12])
@@ -32,12 +32,11 @@ SAMPLERS = {
 }
 
 
-class OpaqueDot(nn.Module):
+class OpaqueDot(Similarity):
     """A dot product the objectives do not recognize, so they take the path of a general similarity."""
 
-    def forward(self, queries_TD: Tensor, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        scores, _ = DotProduct()(queries_TD, items)
-        return scores, {"mean_score": scores.mean()}
+    def pair_losses(self, queries: Features, positives: Features, draws: Draws | None) -> dict[str, Tensor]:
+        return {"mean_score": self.score(queries, positives, draws).mean()}
 
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Draws]:
@@ -65,10 +64,10 @@ def expected_log_q(sampler: str, tokens: int) -> Tensor | None:
 
 @pytest.mark.parametrize("similarity", [DotProduct(), OpaqueDot()], ids=["fused", "general"])
 @pytest.mark.parametrize(("sampler", "norm", "logq"), list(itertools.product(SAMPLERS, [False, True], [False, True])))
-def test_sampled_softmax(similarity: nn.Module, sampler: str, norm: bool, logq: bool) -> None:
+def test_sampled_softmax(similarity: Similarity, sampler: str, norm: bool, logq: bool) -> None:
     queries, positives, table, draws = inputs()
     objective = SampledSoftmaxLoss(SAMPLERS[sampler], NEGATIVES, 0.3, norm, 1e-6, logq)
-    result = objective(queries, positives, table, similarity, draws)
+    result = objective((queries,), positives, table, similarity, draws)
     negatives = SAMPLERS[sampler].sample(positives, NEGATIVES, draws)
     log_q = expected_log_q(sampler, TOKENS) if logq else None
     losses = []
@@ -88,9 +87,9 @@ def test_sampled_softmax(similarity: nn.Module, sampler: str, norm: bool, logq: 
 
 @pytest.mark.parametrize("similarity", [DotProduct(), OpaqueDot()], ids=["fused", "general"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_full_softmax(similarity: nn.Module, norm: bool) -> None:
+def test_full_softmax(similarity: Similarity, norm: bool) -> None:
     queries, positives, table, draws = inputs()
-    result = FullSoftmaxLoss(CATALOG, 0.4, norm, 1e-6)(queries, positives, table, similarity, draws)
+    result = FullSoftmaxLoss(CATALOG, 0.4, norm, 1e-6)((queries,), positives, table, similarity, draws)
     losses = []
     for t in range(TOKENS):
         logits = scores(queries[t], table, CATALOG.tolist(), norm) / 0.4
@@ -107,7 +106,7 @@ def test_full_softmax(similarity: nn.Module, norm: bool) -> None:
 @pytest.mark.parametrize(("sampler", "norm"), list(itertools.product(SAMPLERS, [False, True])))
 def test_bce(sampler: str, norm: bool) -> None:
     queries, positives, table, draws = inputs()
-    result = BCELoss(SAMPLERS[sampler], norm, 1e-6)(queries, positives, table, DotProduct(), draws)
+    result = BCELoss(SAMPLERS[sampler], norm, 1e-6)((queries,), positives, table, DotProduct(), draws)
     negatives = SAMPLERS[sampler].sample(positives, 1, draws)[:, 0]
     for t in range(TOKENS):
         ids = [int(positives[t]), int(negatives[t])]
@@ -166,7 +165,7 @@ def test_gradient_steps_raise_the_positives(objective: Objective) -> None:
     optimizer = torch.optim.Adam([queries, table], lr=0.1)
     places = torch.searchsorted(CATALOG, positives)
     for step in range(60):
-        result = objective(queries, positives, table, DotProduct(), Draws(step, torch.arange(TOKENS)))
+        result = objective((queries,), positives, table, DotProduct(), Draws(step, torch.arange(TOKENS)))
         optimizer.zero_grad()
         ((result.losses_T * result.weights_T).sum() / result.weights_T.sum()).backward()
         optimizer.step()
@@ -182,6 +181,6 @@ def test_no_tokens_give_no_losses_but_a_graph() -> None:
     ):
         queries, _, table, _ = inputs()
         nobody = torch.empty(0, dtype=torch.int64)
-        result = objective(queries[:0], nobody, table, DotProduct(), Draws(0, nobody))
+        result = objective((queries[:0],), nobody, table, DotProduct(), Draws(0, nobody))
         result.losses_T.sum().backward()
         assert result.losses_T.numel() == 0 and table.grad is not None and bool((table.grad == 0).all())

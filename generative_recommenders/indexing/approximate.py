@@ -1,0 +1,257 @@
+"""Two-stage top-k under Mixture of Logits: dot products choose candidates, the full score orders them.
+
+From "Retrieval with Learned Similarities" (arXiv 2407.15462), section 4, as its public code computes it:
+
+    MoLNaiveTopK{k}       the k best items by each of the P_Q x P_X dot products of components
+    MoLAvgTopK{m}         the m best by <sum_n q_n, mean_m x_m>
+    MoLCombTopK{k}_{m}    both
+    MoLNaiveFaissTopK{k}  as the first, each search by an inverted file of FAISS (pip install faiss-cpu)
+    MoLHIndexerTopK{m}    about m items above a threshold that a sample of the items sets, nothing sorted: the first
+                          stage of "Revisiting Neural Retrieval on Accelerators" (arXiv 2306.04039), section 4.2
+
+A module knows only what its first stage keeps: a target left out there is a miss. Items of the history take places of
+the first stage, so as many more are fetched as the longest history of the batch holds. The public code scores
+duplicates of the union with -32767; here they are marked and never scored above anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generative_recommenders.indexing.exact import seen_of, slices
+from generative_recommenders.indexing.mol import MoLBruteForceTopK, no_seen, query_rows
+from ops.mol_score import MoLItems, MoLQueries, mol_score
+
+_NOTHING = -torch.inf
+_SAMPLE = 4096
+# Numbers that the gathered components of the candidates may hold: 64 MB in fp32.
+_BLOCK_NUMBERS = 1 << 24
+_SLACK = 1.25
+
+
+class TwoStageTopK(MoLBruteForceTopK):
+    """Rescores what `candidates` finds."""
+
+    @abstractmethod
+    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+        """Places of items in the catalogue, (B, R) int64, in any order; an item may occur twice, -1 is none.
+
+        extra: how many more than the module's own number to find, for the history to take away.
+        """
+
+    def __call__(
+        self, queries: MoLQueries, k: int, seen_offsets: Tensor | None = None, seen_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        count = len(queries.components)
+        if seen_offsets is None or seen_ids is None:
+            seen_offsets, seen_ids = no_seen(count, queries.components.device)
+        found = [self._rescored(queries, rows, seen_offsets, seen_ids) for rows in self._row_blocks(count)]
+        return self._padded(found, k)
+
+    def rank_of_target(
+        self, queries: MoLQueries, targets_B: Tensor, seen_offsets: Tensor, seen_ids: Tensor, *, filter_history: bool
+    ) -> Tensor:
+        ranks = []
+        seen = (seen_offsets, seen_ids)
+        nobody = no_seen(len(queries.components), targets_B.device)
+        for rows in self._row_blocks(len(queries.components)):
+            scores, ids = self._rescored(queries, rows, *(seen if filter_history else nobody))
+            is_target = (ids == targets_B[rows, None]) & (scores > _NOTHING)
+            own = torch.where(is_target, scores, _NOTHING).amax(1, keepdim=True)
+            # Equal scores rank by id, as everywhere.
+            before = (scores > own) | ((scores == own) & (ids < targets_B[rows, None]))
+            ranks.append(torch.where(is_target.any(1), before.sum(1) + 1, 0))
+        return torch.cat(ranks)
+
+    def _row_blocks(self, count: int) -> list[slice]:
+        width = self.items.components[0].numel() if len(self.items.components) else 1
+        fitting = max(1, _BLOCK_NUMBERS // max(1, self.expected_candidates() * width))
+        return slices(count, min(fitting, self.max_rows or fitting))
+
+    @abstractmethod
+    def expected_candidates(self) -> int:
+        """About how many candidates a query has, duplicates included."""
+
+    def _rescored(
+        self, queries: MoLQueries, rows: slice, seen_offsets: Tensor, seen_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and ids (b, R) of the distinct unseen candidates; -inf and id 0 elsewhere."""
+        own = query_rows(queries, rows)
+        offsets, seen = seen_of(rows, seen_offsets, seen_ids)
+        longest = int(offsets.diff().max()) if seen.numel() else 0
+        places = self.candidates(own, longest).sort(dim=1).values
+        absent = places < 0
+        absent[:, 1:] |= places[:, 1:] == places[:, :-1]
+        places = places.clamp(min=0)
+        ids = self.candidate_ids_X[places]
+        if seen.numel():
+            absent |= _is_seen(ids, offsets, seen)
+        gate = None if self.items.gate is None else self.items.gate[places]
+        items = MoLItems(self.items.components[places], gate)
+        scores = mol_score(own, items, self.gate, temperature=self.temperature).float()
+        return scores.masked_fill(absent, _NOTHING), ids.masked_fill(absent, 0)
+
+    def _padded(self, found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+        best_scores, best_ids = [], []
+        for scores, ids in found:
+            # Ids ascend with places, so that a stable sort leaves equal scores in the order of ids.
+            order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            top, named = scores.gather(1, order), ids.gather(1, order)
+            missing = k - top.shape[1]
+            if missing > 0:
+                top = torch.nn.functional.pad(top, (0, missing), value=_NOTHING)
+                named = torch.nn.functional.pad(named, (0, missing))
+            best_scores.append(top)
+            best_ids.append(named)
+        return torch.cat(best_scores), torch.cat(best_ids)
+
+
+def _is_seen(ids_BR: Tensor, offsets: Tensor, seen_ids: Tensor) -> Tensor:
+    """Whether each id is in its row's history."""
+    span = int(torch.maximum(ids_BR.max(), seen_ids.max())) + 1
+    owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=ids_BR.device), offsets.diff())
+    row_B = torch.arange(len(ids_BR), device=ids_BR.device)
+    return torch.isin(row_B[:, None] * span + ids_BR, owner * span + seen_ids)
+
+
+def _best_places(queries_BD: Tensor, vectors_XD: Tensor, k: int) -> Tensor:
+    """Places (B, min(k, X)) of the largest inner products, in any order."""
+    return torch.topk(queries_BD @ vectors_XD.T, min(k, len(vectors_XD)), dim=1, sorted=False).indices
+
+
+class MoLNaiveTopK(TwoStageTopK):
+    """The union of the `k_g` best items by each product of a query's and an item's component."""
+
+    def __init__(self, *arguments: Any, k_g: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.k_g = k_g
+        # (P_X, X, D_P): a search reads one component of all items.
+        self._by_component = self.items.components.transpose(0, 1).contiguous()
+
+    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+        batch, width, _ = queries.components.shape
+        flat = queries.components.flatten(0, 1).to(self._by_component.dtype)
+        found = [self._search(component, flat, self.k_g + extra) for component in range(len(self._by_component))]
+        return torch.cat([places.view(batch, width * places.shape[1]) for places in found], dim=1)
+
+    def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
+        return _best_places(queries_QD, self._by_component[component], k)
+
+    def expected_candidates(self) -> int:
+        p_q = self.items.gate.shape[1] // self.items.components.shape[1] if self.items.gate is not None else 8
+        return max(self.k_g * len(self._by_component) * p_q, len(self) // 8)
+
+
+class MoLNaiveFaissTopK(MoLNaiveTopK):
+    """The same with one inverted-file index of FAISS an item component: `nlist` cells, `nprobe` of them searched."""
+
+    def __init__(self, *arguments: Any, k_g: int, nlist: int = 100, nprobe: int = 8, **options: Any) -> None:
+        super().__init__(*arguments, k_g=k_g, **options)
+        faiss = importlib.import_module("faiss")
+        self._indexes = []
+        for vectors in self._by_component.float().cpu():
+            width, cells = vectors.shape[1], max(1, min(nlist, len(vectors) // 40))
+            index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+            index.train(vectors.numpy())
+            index.add(vectors.numpy())
+            index.nprobe = min(nprobe, cells)
+            self._indexes.append(index)
+
+    def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
+        _, places = self._indexes[component].search(queries_QD.float().cpu().numpy(), min(k, len(self)))
+        return torch.from_numpy(places).to(queries_QD.device)
+
+
+class MoLAvgTopK(TwoStageTopK):
+    """The `m` best by the product of the summed query components and the mean item component."""
+
+    def __init__(self, *arguments: Any, m: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.m = m
+        self._means_XD = self.items.components.mean(dim=1)
+
+    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+        return _best_places(self._sums(queries), self._means_XD, self.m + extra)
+
+    def _sums(self, queries: MoLQueries) -> Tensor:
+        return queries.components.sum(dim=1).to(self._means_XD.dtype)
+
+    def expected_candidates(self) -> int:
+        return max(self.m, len(self) // 8)
+
+
+class MoLHIndexerTopK(MoLAvgTopK):
+    """About `m` items whose first-stage product is above a threshold estimated from a sample of the items."""
+
+    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+        wanted = min(self.m + extra, len(self))
+        products_BX = self._sums(queries) @ self._means_XD.T
+        step = max(1, len(self) // _SAMPLE)
+        sample = products_BX[:, ::step]
+        kept = min(sample.shape[1], -(-wanted * sample.shape[1] // len(self)) + 1)
+        threshold_B1 = sample.kthvalue(sample.shape[1] - kept + 1, dim=1, keepdim=True).values
+        above = products_BX >= threshold_B1
+        limit = min(len(self), int(_SLACK * wanted) + 64)
+        # What passes goes to its own column; beyond the limit nothing is kept, in the order of the catalogue.
+        column = above.cumsum(1) - 1
+        rows, places = (above & (column < limit)).nonzero(as_tuple=True)
+        found = torch.full((len(products_BX), limit), -1, dtype=torch.int64, device=products_BX.device)
+        found[rows, column[rows, places]] = places
+        return found
+
+
+class MoLCombTopK(TwoStageTopK):
+    """The union of `MoLNaiveTopK` and `MoLAvgTopK`."""
+
+    def __init__(self, *arguments: Any, k_g: int, m: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._stages = (MoLNaiveTopK(*arguments, k_g=k_g, **options), MoLAvgTopK(*arguments, m=m, **options))
+
+    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+        return torch.cat([stage.candidates(queries, extra) for stage in self._stages], dim=1)
+
+    def expected_candidates(self) -> int:
+        return sum(stage.expected_candidates() for stage in self._stages)
+
+
+_PATTERNS: dict[str, Callable[..., MoLBruteForceTopK]] = {
+    r"MoLBruteForceTopK": MoLBruteForceTopK,
+    r"MoLNaiveTopK(?P<k_g>[1-9]\d*)": MoLNaiveTopK,
+    r"MoLNaiveFaissTopK(?P<k_g>[1-9]\d*)": MoLNaiveFaissTopK,
+    r"MoLAvgTopK(?P<m>[1-9]\d*)": MoLAvgTopK,
+    r"MoLCombTopK(?P<k_g>[1-9]\d*)_(?P<m>[1-9]\d*)": MoLCombTopK,
+    r"MoLHIndexerTopK(?P<m>[1-9]\d*)": MoLHIndexerTopK,
+}
+MOL_TOP_K_NAMES = (
+    "MoLBruteForceTopK, MoLNaiveTopK{k}, MoLNaiveFaissTopK{k}, MoLAvgTopK{m}, MoLCombTopK{k}_{m} or MoLHIndexerTopK{m}"
+)
+
+
+def is_mol_top_k(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in _PATTERNS)
+
+
+def lacks_faiss(name: str) -> bool:
+    """Whether a method needs FAISS and this machine has none."""
+    return "Faiss" in name and importlib.util.find_spec("faiss") is None
+
+
+def top_k_by_name(name: str) -> Callable[..., MoLBruteForceTopK]:
+    """What builds a module from (items, gate, temperature, candidate_ids_X, max_rows).
+
+    Raises ValueError for a name of no module.
+    """
+    for pattern, module in _PATTERNS.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return partial(module, **{key: int(value) for key, value in match.groupdict().items()})
+    raise ValueError(f"top-k method: got {name!r}, expected {MOL_TOP_K_NAMES}")
