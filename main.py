@@ -1,7 +1,7 @@
 """The launcher: python main.py --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin
 
-Modes: train (default), evaluate and recommend; `--help` lists the flags. On a machine with several GPUs it starts one
-rank a GPU; under torchrun it is one of the ranks.
+Modes: train (default), evaluate, recommend and export; `--help` lists the flags. On a machine with several GPUs it
+starts one rank a GPU; under torchrun it is one of the ranks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--gin_config_file", action="append", default=[], metavar="F", help="gin file; may be repeated")
     add("--gin_bindings", action="append", default=[], metavar="B", help="one binding, e.g. 'train_fn.num_epochs = 3'")
-    add("--mode", choices=("train", "evaluate", "recommend"), default="train")
+    add("--mode", choices=("train", "evaluate", "recommend", "export"), default="train")
     add("--dry_run", action="store_true", help="parse, validate, build and print what a run would be")
     add("--data_dir", type=Path, default=Path("tmp"), help="prepared datasets (default tmp)")
     add("--exps_dir", type=Path, default=Path("exps"), help="run folders (default exps)")
-    add("--checkpoint", type=Path, help="evaluate, recommend: a run folder or one of its checkpoints/step-*")
+    add("--checkpoint", type=Path, help="evaluate, recommend, export: a run folder or one of its checkpoints/step-*")
     add("--split", choices=("valid", "test"), default="test", help="evaluate: the held-out event (default test)")
     add("--histories", type=Path, help="recommend: parquet, csv or json with item_ids in raw ids")
-    add("--output", type=Path, help="recommend: parquet, csv or json to write; the console where it is not given")
+    add("--output", type=Path, help="recommend: parquet, csv or json to write, default console; export: a folder")
     add("--top_k", type=int, default=10, help="recommend: items a user (default 10)")
+    add("--top_k_method", help="evaluate, recommend: retrieval instead of the config's train_fn.top_k_method")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     add("--master_port", type=int, default=12355, help="port of the ranks' rendezvous on this machine")
     return parser
@@ -43,7 +44,7 @@ def _start_ranks(arguments: argparse.Namespace) -> None:
     import torch
 
     several = torch.cuda.device_count() > 1 and arguments.device is None and "RANK" not in os.environ
-    if not several or arguments.mode == "recommend" or arguments.dry_run:
+    if not several or arguments.mode in ("recommend", "export") or arguments.dry_run:
         return
     count = torch.cuda.device_count()
     logger.info("starting %d ranks, one a GPU; CUDA_VISIBLE_DEVICES=0 or --device=cuda:0 keeps to one", count)
@@ -69,7 +70,7 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
         logger.info("%s", experiment.dry_run())
         return 0
     if arguments.mode == "evaluate":
-        evaluation = experiment.evaluate_checkpoint(arguments.checkpoint, arguments.split)
+        evaluation = experiment.evaluate_checkpoint(arguments.checkpoint, arguments.split, arguments.top_k_method)
         for name, value in evaluation.metrics.items():
             logger.info("%-12s %.4f", name, value)
         label = "TEST" if arguments.split == "test" else "VALID"
@@ -95,7 +96,9 @@ def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
         raise ConfigError("--mode=recommend: needs --checkpoint=RUN_FOLDER and --histories=FILE (parquet, csv or json)")
     if arguments.output is not None:
         check_output(arguments.output)
-    recommender = Recommender.from_checkpoint(find_checkpoint(arguments.checkpoint), here.device)
+    recommender = Recommender.from_checkpoint(
+        find_checkpoint(arguments.checkpoint), here.device, arguments.top_k_method
+    )
     table = recommender.recommend(read_histories(arguments.histories), arguments.top_k)
     if arguments.output is not None:
         write_recommendations(table, arguments.output)
@@ -105,13 +108,26 @@ def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from generative_recommenders.serving.export import export
+    from generative_recommenders.training.runs import find_checkpoint
+
+    if arguments.checkpoint is None or arguments.output is None:
+        raise ConfigError("--mode=export: needs --checkpoint=RUN_FOLDER and --output=FOLDER")
+    folder = export(find_checkpoint(arguments.checkpoint), arguments.output)
+    logger.info("exported to %s; try --mode=recommend --checkpoint=%s --histories=FILE", folder, folder)
+    return 0
+
+
 def main() -> int:
     arguments = _parser().parse_args()
     main_rank = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stdout)
     _start_ranks(arguments)
     with runtime(arguments.device) as here:
-        return _recommend(arguments, here) if arguments.mode == "recommend" else _train_or_evaluate(arguments, here)
+        if arguments.mode == "recommend":
+            return _recommend(arguments, here)
+        return _export(arguments) if arguments.mode == "export" else _train_or_evaluate(arguments, here)
 
 
 if __name__ == "__main__":

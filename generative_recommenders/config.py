@@ -41,6 +41,7 @@ REGISTERING_MODULES: tuple[str, ...] = (
     "generative_recommenders.retrieval.config",
     "generative_recommenders.encoders.hstu",
     "generative_recommenders.encoders.sasrec",
+    "generative_recommenders.similarity.mol",
 )
 """Modules imported by `load`, because importing them registers configurables."""
 

@@ -217,8 +217,8 @@ def test_names_that_do_not_exist_get_the_nearest(binding: str, expected: str) ->
 
 
 def test_public_names_without_implementation_are_refused() -> None:
-    message = refusal("create_mol_interaction_module.temperature = 1.0")
-    assert "no configurable is named create_mol_interaction_module" in message
+    message = refusal("get_weighted_loss.weights = {'mi_loss': 1.0}")
+    assert "no configurable is named get_weighted_loss" in message
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ SMALL_ENCODER = {
 }
 SMALL_HSTU = (*SMALL, *SMALL_ENCODER["HSTU"])
 TEST_LINE = re.compile(
-    r"TEST eval: NDCG@10 (?P<ndcg>\d\.\d{4}) .*HR@10 (?P<hr>\d\.\d{4}) .*MRR (?P<mrr>\d\.\d{4}) "
+    r"TEST eval: NDCG@5 \d\.\d{4} NDCG@10 (?P<ndcg>\d\.\d{4}) NDCG@50 \d\.\d{4} HR@5 \d\.\d{4} "
+    r"HR@10 (?P<hr>\d\.\d{4}) HR@50 \d\.\d{4} MRR (?P<mrr>\d\.\d{4}) eval_loss (?P<loss>\d+\.\d{4}) "
     r"\(test, (?P<users>\d+) users, \d+\.\d+s\)"
 )
 
@@ -135,7 +136,9 @@ def test_a_run_ends_with_the_test_line(trained: Trained) -> None:
     line = TEST_LINE.fullmatch(trained.lines[-1])
     assert line is not None, trained.lines[-1]
     metrics = trained.metrics["metrics"]
-    assert [line[x] for x in ("ndcg", "hr", "mrr")] == [f"{metrics[x]:.4f}" for x in ("ndcg@10", "hr@10", "mrr")]
+    assert [line[x] for x in ("ndcg", "hr", "mrr", "loss")] == [
+        f"{metrics[x]:.4f}" for x in ("ndcg@10", "hr@10", "mrr", "loss")
+    ]
     assert int(line["users"]) == NUM_USERS
     assert [x for x in trained.lines if x.startswith("epoch ")] != []
     assert f"curves: tensorboard --logdir {trained.folder.parent}" in trained.lines
@@ -151,7 +154,8 @@ def test_metrics_files(trained: Trained) -> None:
     lines = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"], line["split"]) for line in lines] == [(0, 2, "test"), (1, 4, "test")]
     final = trained.metrics
-    assert lines[-1]["metrics"] == final["metrics"]
+    assert lines[-1]["metrics"] | {"loss": final["metrics"]["loss"]} == final["metrics"]
+    assert all("loss" not in line["metrics"] for line in lines)
     assert {"split", "metrics", "counts", "seconds", "device", "torch", "commit", "seed", "steps"} <= final.keys()
     assert (final["split"], final["seed"], final["steps"], final["dataset"]) == ("test", 42, 4, "toy")
     assert final["counts"]["items"] == NUM_ITEMS
@@ -198,7 +202,7 @@ def test_evaluate_on_the_other_split(trained: Trained, launch: Launch) -> None:
     assert launch(*honest).status == 0
     outcome = launch("--mode=evaluate", "--split=valid", *honest)
     assert outcome.status == 0, outcome.err
-    assert re.match(rf"VALID eval: NDCG@10 .*\(valid, {NUM_USERS} users, ", outcome.logged[-1])
+    assert re.match(rf"VALID eval: NDCG@5 .*\(valid, {NUM_USERS} users, ", outcome.logged[-1])
 
 
 def test_dry_run_says_what_a_run_would_be_and_writes_nothing(launch: Launch, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """README commands are tests: bash blocks marked `<!-- test -->` are run, in order, in one copy of the repository.
 
 Training and generated data are made small by further flags; public data is replaced by a toy dataset, since it needs a
-network; `make` and `pip` are checked without being run. A command that is none of these is refused: teach it here.
+network; grids list their runs; `make` and `pip` are checked without being run. A command that is none of these is
+refused: teach it here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from packaging.requirements import Requirement
 import preprocess_public_data
 from generative_recommenders import config
 from generative_recommenders.data import sources
+from tests.fractal_ratings import rating_lines, write_csv
 from tests.toy import ID_STEP, write_toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,14 @@ SMALL = (
     "train_fn.item_embedding_dim = 16",
     "train_fn.local_batch_size = 32",
 )
+# Added at the end, where they win.
+SMALL_SCRIPTS = {
+    "run_fractal_expansion.py": ["--num-row-multiplier=2", "--num-col-multiplier=2"],
+    "preprocess_merlin_data.py": [],
+    "run_grid.py": ["--dry_run"],
+    "run_merlin_grid.py": ["--dry_run"],
+}
+SMALL_MODULES = {"generative_recommenders.data.merlin_synthetic": ["--sessions=60", "--items=30"]}
 SMALL_SOURCES = {"synthetic": ["--synthetic_users=60", "--synthetic_items=100"], "custom": []}
 CUSTOM_COLUMNS = {"user": "user_id", "item": "item_id", "timestamp": "timestamp"}
 
@@ -75,6 +86,11 @@ class Reader:
                 self._main([sys.executable, "-m", "torch.distributed.run", *before[:place]], before[place + 1 :])
             case ["python", "preprocess_public_data.py", *arguments]:
                 self._preprocess(arguments)
+            case ["python", script, *arguments] if script in SMALL_SCRIPTS:
+                self._prepare_inputs(arguments)
+                self._run([sys.executable, script, *arguments, *SMALL_SCRIPTS[script]])
+            case ["python", "-m", module, *arguments] if module in SMALL_MODULES:
+                self._run([sys.executable, "-m", module, *arguments, *SMALL_MODULES[module]])
             case _:
                 raise AssertionError(f"README: {line!r} is no command that this test knows")
 
@@ -98,6 +114,13 @@ class Reader:
         for file in _values(arguments, "histories"):
             (self.folder / file).write_text('user_id,item_ids\n7,"sku-3,item-3"\n')
         self._run([*interpreter, "main.py", *arguments])
+
+    def _prepare_inputs(self, arguments: list[str]) -> None:
+        """The ratings that a command names, as a toy."""
+        named = [Path(value) for flag, value in pairwise(arguments) if flag == "--input-csv-file"]
+        for file in [self.folder / path for path in named if not (self.folder / path).exists()]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(file, rating_lines())
 
     def _preprocess(self, arguments: list[str]) -> None:
         options = preprocess_public_data.parser().parse_args(arguments)
@@ -156,6 +179,10 @@ def test_commands_are_those_of_marked_blocks() -> None:
         "tensorboard --logdir exps/nothing-l8/",
         "python preprocess_public_data.py --dataset=ml-7m",
         "python main.py --gin_config_file=configs/ml-1m/missing.gin",
+        "python run_grid.py --configs configs/ml-1m/missing.gin",
+        "python preprocess_merlin_data.py --raw=missing",
+        "python run_fractal_expansion.py --input-csv-file tmp/ml-20m/ratings.csv --write-datasets True",
+        "python -m generative_recommenders.data.merlin_synthetic --sessions 9",
         "curl https://example.org",
     ],
 )

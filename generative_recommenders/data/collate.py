@@ -1,7 +1,8 @@
 """From row numbers of a split to a jagged batch: index arithmetic on the flat event arrays, no loop over users.
 
-A split says where a user's sequence ends. `leave_one_out` with `ignore_last_n = n` drops the last n events; of what is
-left the last event is the target and at most `max_sequence_length` events before it are the history.
+A split says whose sequences it is about and where a sequence ends. `leave_one_out` with `ignore_last_n = n` drops the
+last n events; of what is left the last event is the target and at most `max_sequence_length` events before it are the
+history.
 
 Training sequences can be thinned: `positional_sampling_ratio` keeps each event with that probability, and
 `stochastic_length_alpha` shortens a history of length l > N^(a/2) to its N^(a/2) most recent events with probability
@@ -37,17 +38,28 @@ class Thinning:
 
 @dataclass(frozen=True)
 class Split:
-    """The users of a dataset who have a history and a target once the last `ignore_last_n` events are dropped."""
+    """The users of a dataset who have a history and a target once the last `ignore_last_n` events are dropped.
+
+    `of_rows` restricts them to the rows of an explicit split: the first row and the one after the last.
+    """
 
     dataset: PreparedDataset
     max_sequence_length: int
     ignore_last_n: int
     thinning: Thinning = Thinning()
+    of_rows: tuple[int, int] | None = None
     rows: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        enough = self.dataset.lengths_U >= self.ignore_last_n + 2
-        object.__setattr__(self, "rows", enough.nonzero().flatten())
+        first, last = self.of_rows or (0, self.dataset.num_users)
+        enough = self.dataset.lengths_U[first:last] >= self.ignore_last_n + 2
+        object.__setattr__(self, "rows", enough.nonzero().flatten() + first)
+
+    @property
+    def num_rows(self) -> int:
+        """Users it was made of, those with too few events included."""
+        first, last = self.of_rows or (0, self.dataset.num_users)
+        return last - first
 
     def __len__(self) -> int:
         return self.rows.numel()
@@ -55,7 +67,7 @@ class Split:
     @property
     def num_skipped(self) -> int:
         """Users with too few events to have a history and a target here."""
-        return self.dataset.num_users - len(self)
+        return self.num_rows - len(self)
 
     def batch(self, members: Tensor, row_numbers: Tensor, epoch: int = 0) -> SequenceBatch:
         """Collate the split's users `members` (int64, (B,), numbers within the split).

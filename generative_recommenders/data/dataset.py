@@ -1,13 +1,15 @@
 """A prepared dataset in memory: the flat event arrays of `sequences.parquet` and the catalogue of `items.parquet`.
 
-An Arrow list column is offsets and values; both are kept as they are and every batch is a slice of them.
+An Arrow list column is offsets and values; both are kept as they are and every batch is a slice of them. Where the
+splits are files of their own (`"split": "explicit"` in dataset.json), the rows of
+`sequences_{train,valid,test}.parquet` lie end to end and `split_rows` says which are whose.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from torch import Tensor
 from generative_recommenders.data.errors import DataError
 
 _LISTS = ("item_ids", "ratings", "timestamps")
+EXPLICIT = "explicit"
+SPLIT_NAMES = ("train", "valid", "test")
 _AGAIN = "try preparing the dataset again with --force"
 
 
@@ -40,7 +44,11 @@ class Catalog:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """Events of all users laid end to end, oldest first within a user; E events, U users."""
+    """Events of all users laid end to end, oldest first within a user; E events, U users.
+
+    `split_rows` is empty where splits are made by leaving events out; with explicit splits it holds, by split, the
+    first row and the one after the last, and a user may own several of the U rows.
+    """
 
     name: str
     folder: Path
@@ -51,6 +59,12 @@ class PreparedDataset:
     user_ids_U: Tensor
     catalog: Catalog
     metadata: dict[str, object]
+    split_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether the splits are rows of their own."""
+        return bool(self.split_rows)
 
     @property
     def num_users(self) -> int:
@@ -77,29 +91,56 @@ class PreparedDataset:
                 is not in the catalogue.
         """
         folder = Path(data_dir) / name
-        paths = [folder / f for f in ("sequences.parquet", "items.parquet", "dataset.json")]
-        missing = next((p for p in paths if not p.exists()), None)
-        if missing is not None:
-            raise DataError(
-                f"dataset {name!r}: {missing} not found, expected a prepared dataset; "
-                f"try python preprocess_public_data.py --dataset={name} --data_dir={data_dir}"
-            )
-        try:
-            metadata = json.loads(paths[2].read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{paths[2]}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
-        sequences = _read_columns(paths[0], ("user_id", *_LISTS))
-        for column in _LISTS:
-            kind = sequences.schema.field(column).type
-            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-                raise DataError(f"{paths[0]}, column {column}: got type {kind}, expected lists; {_AGAIN}")
+        metadata = _metadata(folder, name, data_dir)
+        explicit = metadata.get("split") == EXPLICIT
+        files = [f"sequences_{split}.parquet" for split in SPLIT_NAMES] if explicit else ["sequences.parquet"]
+        _require(folder, [*files, "items.parquet"], name, data_dir)
+        tables = [_read_sequences(folder / file) for file in files]
+        ends = np.cumsum([table.num_rows for table in tables]).tolist()
+        split_rows = dict(zip(SPLIT_NAMES, zip([0, *ends], ends, strict=False), strict=True)) if explicit else {}
+        sequences = pa.concat_tables(tables)
         offsets, item_ids = _list_column(sequences, "item_ids", torch.int64)
         _, ratings = _list_column(sequences, "ratings", torch.float32)
         _, timestamps = _list_column(sequences, "timestamps", torch.int64)
-        catalog = read_catalog(paths[1])
-        _check(name, offsets, item_ids, ratings, timestamps, catalog)
+        catalog = read_catalog(folder / "items.parquet")
+        _check(name, split_rows, offsets, item_ids, ratings, timestamps, catalog)
         users = _tensor(sequences.column("user_id").to_numpy(), torch.int64)
-        return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata)
+        return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata, split_rows)
+
+
+def _require(folder: Path, files: Sequence[str], name: str, data_dir: str | Path) -> None:
+    missing = next((folder / file for file in files if not (folder / file).exists()), None)
+    if missing is None:
+        return
+    command = f"preprocess_public_data.py --dataset={name}"
+    if name == "merlin" or missing.name.startswith("sequences_"):
+        command = f"preprocess_merlin_data.py --name={name}"
+    raise DataError(
+        f"dataset {name!r}: {missing} not found, expected a prepared dataset; "
+        f"try python {command} --data_dir={data_dir}"
+    )
+
+
+def _metadata(folder: Path, name: str, data_dir: str | Path) -> dict[str, object]:
+    path = folder / "dataset.json"
+    _require(folder, [path.name], name, data_dir)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {str(error).splitlines()[0]}; {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: got {type(content).__name__}, expected a JSON object; {_AGAIN}")
+    return content
+
+
+def _read_sequences(path: Path) -> pa.Table:
+    """`user_id` and the list columns, with the types that tables must share to be laid end to end."""
+    table = _read_columns(path, ("user_id", *_LISTS))
+    for column in _LISTS:
+        kind = table.schema.field(column).type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise DataError(f"{path}, column {column}: got type {kind}, expected lists; {_AGAIN}")
+    return table.select(["user_id", *_LISTS])
 
 
 def _read_columns(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:
@@ -140,7 +181,15 @@ def read_catalog(path: Path) -> Catalog:
     return Catalog(item_ids=ids, raw_ids=[str(x) for x in items.column("raw_id").to_pylist()], titles=titles)
 
 
-def _check(name: str, offsets: Tensor, item_ids: Tensor, ratings: Tensor, timestamps: Tensor, catalog: Catalog) -> None:
+def _check(
+    name: str,
+    split_rows: dict[str, tuple[int, int]],
+    offsets: Tensor,
+    item_ids: Tensor,
+    ratings: Tensor,
+    timestamps: Tensor,
+    catalog: Catalog,
+) -> None:
     if item_ids.numel() == 0:
         raise DataError(f"dataset {name!r}: got no events, expected at least one; try preparing it again")
     if not (item_ids.numel() == ratings.numel() == timestamps.numel() == int(offsets[-1])):
@@ -153,7 +202,11 @@ def _check(name: str, offsets: Tensor, item_ids: Tensor, ratings: Tensor, timest
     if unknown.numel():
         event = int(unknown[0])
         row = int(torch.searchsorted(offsets, event, right=True)) - 1
+        file = "sequences.parquet"
+        for split, (first, last) in split_rows.items():
+            if first <= row < last:
+                file, row = f"sequences_{split}.parquet", row - first
+                break
         raise DataError(
-            f"dataset {name!r}: sequences.parquet row {row} holds item {int(item_ids[event])}, "
-            "which items.parquet lacks"
+            f"dataset {name!r}: {file} row {row} holds item {int(item_ids[event])}, which items.parquet lacks"
         )

@@ -80,8 +80,15 @@ class HSTUConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"hstu_encoder.{name}: got {getattr(self, name)}, expected 0 <= rate < 1")
 
-    def build(self, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool) -> HSTU:
-        return HSTU(self, dim, num_positions, input_dropout, activation_checkpoint)
+    def build(
+        self,
+        dim: int,
+        num_positions: int,
+        input_dropout: float,
+        activation_checkpoint: bool,
+        features: nn.Module | None = None,
+    ) -> HSTU:
+        return HSTU(self, dim, num_positions, input_dropout, activation_checkpoint, features)
 
     def describe(self) -> str:
         bias = "" if self.enable_relative_attention_bias else "-norab"
@@ -232,12 +239,18 @@ class HSTU(nn.Module):
     """Input preprocessing and a stack of `HSTULayer`s."""
 
     def __init__(
-        self, config: HSTUConfig, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool
+        self,
+        config: HSTUConfig,
+        dim: int,
+        num_positions: int,
+        input_dropout: float,
+        activation_checkpoint: bool,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpoint = activation_checkpoint
-        self.input = PositionalInput(num_positions, dim, input_dropout, stream=0)
+        self.input = PositionalInput(num_positions, dim, input_dropout, 0, features)
         nn.init.xavier_normal_(self.input.position_embedding)
         self.layers = nn.ModuleList(
             HSTULayer(config, dim, num_positions, _STREAMS_PER_LAYER * (i + 1)) for i in range(config.num_blocks)

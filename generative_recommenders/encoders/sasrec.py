@@ -50,10 +50,17 @@ class SASRecConfig:
         if not 0.0 <= self.ffn_dropout_rate < 1.0:
             raise ValueError(f"sasrec_encoder.ffn_dropout_rate: got {self.ffn_dropout_rate}, expected 0 <= rate < 1")
 
-    def build(self, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool) -> SASRec:
+    def build(
+        self,
+        dim: int,
+        num_positions: int,
+        input_dropout: float,
+        activation_checkpoint: bool,
+        features: nn.Module | None = None,
+    ) -> SASRec:
         """`dim` must be a multiple of `num_heads`."""
         assert dim % self.num_heads == 0
-        return SASRec(self, dim, num_positions, input_dropout, activation_checkpoint)
+        return SASRec(self, dim, num_positions, input_dropout, activation_checkpoint, features)
 
     def describe(self) -> str:
         return (
@@ -102,11 +109,17 @@ class SASRec(nn.Module):
     """Input preprocessing and a stack of `SASRecLayer`s."""
 
     def __init__(
-        self, config: SASRecConfig, dim: int, num_positions: int, input_dropout: float, activation_checkpoint: bool
+        self,
+        config: SASRecConfig,
+        dim: int,
+        num_positions: int,
+        input_dropout: float,
+        activation_checkpoint: bool,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.activation_checkpoint = activation_checkpoint
-        self.input = PositionalInput(num_positions, dim, input_dropout, stream=0)
+        self.input = PositionalInput(num_positions, dim, input_dropout, 0, features)
         self.layers = nn.ModuleList(
             SASRecLayer(config, dim, _STREAMS_PER_LAYER * (i + 1)) for i in range(config.num_blocks)
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,24 +21,35 @@ from generative_recommenders.evaluation.metrics import mean_metrics, published_r
 from generative_recommenders.indexing.exact import TopK
 from generative_recommenders.retrieval.model import RetrievalModel
 
+_SHOWN = {
+    "ndcg@5": "NDCG@5",
+    "ndcg@10": "NDCG@10",
+    "ndcg@50": "NDCG@50",
+    "hr@5": "HR@5",
+    "hr@10": "HR@10",
+    "hr@50": "HR@50",
+    "mrr": "MRR",
+    "loss": "eval_loss",
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Metrics by name, `loss` among them where `mean_target_loss` was asked for."""
+
     metrics: dict[str, float]
     num_users: int
     seconds: float
 
     def summary(self) -> str:
-        shown = (("NDCG@10", "ndcg@10"), ("NDCG@50", "ndcg@50"), ("HR@10", "hr@10"), ("HR@50", "hr@50"), ("MRR", "mrr"))
-        return " ".join(f"{label} {self.metrics[name]:.4f}" for label, name in shown)
+        return " ".join(f"{label} {self.metrics[name]:.4f}" for name, label in _SHOWN.items() if name in self.metrics)
 
 
 @torch.no_grad()
-def rank_targets(model: RetrievalModel, top_k: TopK, batch: SequenceBatch, filter_history: bool) -> Tensor:
+def rank_targets(model: RetrievalModel, top_k: TopK[Any], batch: SequenceBatch, filter_history: bool) -> Tensor:
     """Ranks (B,) of the targets, in the published counting."""
-    queries_BD = model.last_queries(batch)
     ranks = top_k.rank_of_target(
-        queries_BD, batch.target_ids_B, batch.offsets, batch.item_ids_T, filter_history=filter_history
+        model.search_queries(batch), batch.target_ids_B, batch.offsets, batch.item_ids_T, filter_history=filter_history
     )
     return published_ranks(ranks, len(top_k))
 
@@ -70,3 +82,25 @@ def evaluate(
     order = torch.argsort(ranks_U * 64 + ratings_U.long(), stable=True)
     metrics = mean_metrics(ranks_U[order].cpu(), ratings_U[order].cpu())
     return Evaluation(metrics, ranks_U.numel(), time.perf_counter() - started)
+
+
+@torch.no_grad()
+def mean_target_loss(model: RetrievalModel, batches: Iterable[SequenceBatch], runtime: Runtime, seed: int) -> float:
+    """Mean training loss of the targets, one a user, with the objective of the model and nothing dropped.
+
+    Negatives depend on `seed`, user and length of the history alone, so two models meet the same ones,
+    however users are batched. NaN where there is nobody.
+    """
+    was_training = model.training
+    model.eval()
+    losses, weights = [], []
+    for batch in batches:
+        if batch.size:
+            tokens = model.target_losses(batch.to(runtime.device), seed)
+            losses.append((tokens.losses_T * tokens.weights_T).double())
+            weights.append(tokens.weights_T.double())
+    model.train(was_training)
+    nobody = [torch.empty(0, dtype=torch.float64, device=runtime.device)]
+    losses_U, weights_U = (all_gather_concat(torch.cat(values or nobody)) for values in (losses, weights))
+    # The order of users depends on the ranks; sums of sorted values do not.
+    return float(losses_U.sort().values.sum() / weights_U.sum())

@@ -29,6 +29,11 @@ class Draws:
     def of(cls, batch: SequenceBatch, seed: int) -> Draws:
         return cls(seed, batch.row_numbers_B[batch.rows_T()] * _MAX_POSITIONS + batch.positions_T())
 
+    @classmethod
+    def of_users(cls, batch: SequenceBatch, seed: int) -> Draws:
+        """One key a row, (B,), by user and length instead of the row's place in the global batch."""
+        return cls(seed, batch.user_ids_B * _MAX_POSITIONS + batch.lengths_B)
+
     def stream(self, name: int) -> int:
         """A seed for one consumer; consumers with different numbers draw independently."""
         return fold(self.seed, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,15 +24,18 @@ from generative_recommenders.losses.negatives import (
 from generative_recommenders.losses.objective import Objective
 from generative_recommenders.losses.sampled_softmax import SampledSoftmaxLoss
 from generative_recommenders.nn.embeddings import ItemEmbedding
+from generative_recommenders.nn.inputs import build_features
 from generative_recommenders.nn.outputs import OUTPUTS
 from generative_recommenders.retrieval.config import EncoderOptions, LoaderConfig, RetrievalConfig
 from generative_recommenders.retrieval.model import RetrievalModel
-from generative_recommenders.similarity.dot import SIMILARITIES
+from generative_recommenders.similarity.dot import DotProduct, Similarity
+from generative_recommenders.similarity.mol import MoL, MoLConfig, SimilarityOptions
 
 ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
-    "interaction_module_type main_module_bf16 filter_history eval_split"
+    "interaction_module_type main_module_bf16 filter_history eval_split "
+    "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings"
 ).split()
 
 
@@ -44,6 +47,8 @@ class Plan:
     encoder: HSTUConfig | SASRecConfig
     encoder_options: EncoderOptions
     loader: LoaderConfig
+    similarity: MoLConfig | None = None
+    similarity_options: SimilarityOptions = field(default_factory=SimilarityOptions)
 
     @classmethod
     def of(cls, config: Config) -> Plan:
@@ -54,17 +59,26 @@ class Plan:
                 f"sasrec_encoder.num_heads: got {encoder.num_heads}, expected a divisor of "
                 f"train_fn.item_embedding_dim = {experiment.item_embedding_dim}"
             )
+        similarity, options = None, SimilarityOptions()
+        if experiment.interaction_module_type == "MoL":
+            similarity, options = config.build("create_mol_interaction_module"), config.build("get_similarity_function")
+            _check_mol(experiment, similarity)
         return cls(
             experiment,
             encoder,
             config.build("get_sequential_encoder"),
             config.build("create_data_loader"),
+            similarity,
+            options,
         )
 
     def model_bindings(self) -> dict[str, object]:
         """The bindings that decide what a trained model computes, by their public names."""
         own = {f"train_fn.{name}": getattr(self.experiment, name) for name in _MODEL_BINDINGS}
-        return own | {f"{ENCODERS[self.experiment.main_module]}.{k}": v for k, v in asdict(self.encoder).items()}
+        own |= {f"{ENCODERS[self.experiment.main_module]}.{k}": v for k, v in asdict(self.encoder).items()}
+        if self.similarity is not None:
+            own |= {f"create_mol_interaction_module.{k}": v for k, v in asdict(self.similarity).items()}
+        return own
 
     def describe(self) -> str:
         """The public name of a run: model, similarity, sampling, loss, batch and optimizer."""
@@ -80,10 +94,13 @@ class Plan:
             loss = f"ssl{temperature}-n{e.num_negatives}"
         loss += "-logq" if e.logq_correction else ""
         loss += "-ac" if e.loss_activation_checkpoint else ""
-        parts = [self.encoder.describe(), e.interaction_module_type, sampling, loss]
+        loss += "".join(f"-lw{name}{weight}" for name, weight in sorted(e.loss_weights.items()))
+        similarity = f"MoL-{self.similarity.describe()}" if self.similarity else e.interaction_module_type
+        parts = [self.encoder.describe(), similarity, sampling, loss]
         optimizer = f"b{e.local_batch_size}-lr{e.learning_rate}-wu{e.num_warmup_steps}-wd{e.weight_decay}"
         extras = [optimizer, "" if e.enable_tf32 else "notf32", e.eval_split, f"s{e.random_seed}"]
         extras.append(f"fe{e.full_eval_every_n}" if e.full_eval_every_n > 1 else "")
+        extras.append("" if e.input_features == "item" else e.input_features)
         extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
         return "-".join(["_".join(parts), *(x for x in extras if x)])
 
@@ -111,22 +128,52 @@ def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor
     )
 
 
+def checked_top_k_method(config: RetrievalConfig, method: str | None) -> str:
+    """`method`, or the config's where it is None. Raises ConfigError for one that cannot search this similarity."""
+    if method is None:
+        return config.top_k_method
+    try:
+        return replace(config, top_k_method=method).top_k_method
+    except ValueError as error:
+        raise ConfigError(str(error).replace("train_fn.top_k_method", "--top_k_method", 1)) from error
+
+
+def build_similarity(plan: Plan) -> Similarity:
+    if plan.similarity is None:
+        return DotProduct()
+    dim = plan.experiment.item_embedding_dim
+    return MoL(plan.similarity, dim, dim, plan.similarity_options)
+
+
+def _check_mol(experiment: RetrievalConfig, similarity: MoLConfig) -> None:
+    unknown = sorted(experiment.loss_weights.keys() - set(similarity.auxiliary_losses))
+    if unknown:
+        raise ConfigError(
+            f"train_fn.loss_weights: got {unknown[0]!r}, expected auxiliary losses of this model "
+            f"({', '.join(similarity.auxiliary_losses)})"
+        )
+
+
 def build_model(plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None) -> RetrievalModel:
     """A model with seeded initial weights; without `counts_X` it has no objective and only serves inference."""
     config = plan.experiment
     torch.manual_seed(config.random_seed)
     items = ItemEmbedding(int(catalog_X[-1]), config.item_embedding_dim)
+    features = build_features(
+        config.input_features, config.num_ratings, config.rating_embedding_dim, config.item_embedding_dim
+    )
     encoder = plan.encoder.build(
         config.item_embedding_dim,
         config.num_positions,
         config.dropout_rate,
         plan.encoder_options.activation_checkpoint,
+        features,
     )
     return RetrievalModel(
         items,
         encoder,
         OUTPUTS[config.user_embedding_norm](config.l2_norm_eps),
-        SIMILARITIES[config.interaction_module_type](),
+        build_similarity(plan),
         Objective() if counts_X is None else build_objective(config, catalog_X, counts_X),
         catalog_X,
         item_l2_norm=config.item_l2_norm,
@@ -142,7 +189,8 @@ def build_model(plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None) -
 class Splits:
     """Leave-one-out: the events that train, the validation target and the test target.
 
-    With `eval_split = "test"` the validation event trains too, as in the published protocol.
+    With `eval_split = "test"` the validation event trains too, as in the published protocol. A dataset with explicit
+    splits has rows for each, and in every one the last event is the target.
     """
 
     train: Split
@@ -154,6 +202,13 @@ class Splits:
         thinning = Thinning(config.positional_sampling_ratio, config.stochastic_length_alpha, config.random_seed)
         held_out = 1 if config.eval_split == "test" else 2
         length = config.max_sequence_length
+        if dataset.explicit:
+            rows = dataset.split_rows
+            return cls(
+                train=Split(dataset, length, 0, thinning, rows["train"]),
+                valid=Split(dataset, length, 0, of_rows=rows["valid"]),
+                test=Split(dataset, length, 0, of_rows=rows["test"]),
+            )
         return cls(
             train=Split(dataset, length, held_out, thinning),
             valid=Split(dataset, length, 1),
@@ -164,10 +219,39 @@ class Splits:
         return {"train": self.train, "valid": self.valid, "test": self.test}[name]
 
 
+def require_ratings(config: RetrievalConfig, dataset: PreparedDataset) -> None:
+    """Raises ConfigError where the model reads ratings and the dataset's do not fit `train_fn.num_ratings`."""
+    if config.input_features == "item":
+        return
+    ratings = dataset.ratings_E
+    wrong = ~((ratings >= 0) & (ratings < config.num_ratings))
+    if not bool(wrong.any()):
+        return
+    count = f"{int(wrong.sum()):,} of {ratings.numel():,} events of {dataset.name!r}"
+    worst = ratings[wrong][0].item()
+    if bool((ratings >= 0).all()) and bool(ratings.isfinite().all()):
+        needed = int(ratings.max()) + 1
+        raise ConfigError(
+            f"train_fn.num_ratings: got {config.num_ratings}, expected at least {needed} for this dataset: "
+            f"{count} are beyond, such as {worst:g}"
+        )
+    raise ConfigError(
+        f"train_fn.input_features_preproc: got {config.input_features!r}, expected 'item' for this dataset: the "
+        f"ratings of {count} are no number from 0 to {config.num_ratings - 1}, such as {worst:g}"
+    )
+
+
 def training_counts(dataset: PreparedDataset, held_out: int) -> Tensor:
-    """Events of each catalogue item outside the last `held_out` of every user, int64 (X,)."""
-    last = (dataset.offsets[1:] - held_out).repeat_interleave(dataset.lengths_U)
-    trains = torch.arange(dataset.item_ids_E.numel()) < last
+    """Events of each catalogue item outside the last `held_out` of every user, int64 (X,).
+
+    With explicit splits only rows of the train split count.
+    """
+    ends = dataset.offsets[1:] - held_out
+    if dataset.explicit:
+        first, last = dataset.split_rows["train"]
+        rows = torch.arange(dataset.num_users)
+        ends = torch.where((rows >= first) & (rows < last), ends, dataset.offsets[:-1])
+    trains = torch.arange(dataset.item_ids_E.numel()) < ends.repeat_interleave(dataset.lengths_U)
     places = torch.searchsorted(dataset.catalog.item_ids, dataset.item_ids_E[trains])
     return torch.bincount(places, minlength=len(dataset.catalog))
 

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from generative_recommenders.config import configurable
+from generative_recommenders.indexing.approximate import MOL_TOP_K_NAMES, is_mol_top_k, lacks_faiss
+from generative_recommenders.nn.inputs import InputFeatures
 from generative_recommenders.similarity.dot import SIMILARITIES
 
-# Which retrieval modules can score which similarity; a wrong pair is refused with this table in the message.
-TOP_K_OF_SIMILARITY = {
-    "DotProduct": ("MIPSBruteForceTopK",),
-    "MoL": ("MoLBruteForceTopK",),
-}
+_MIPS = "MIPSBruteForceTopK"
 _POSITIVE = (
     "max_sequence_length local_batch_size eval_batch_size num_negatives eval_interval full_eval_every_n "
-    "save_ckpt_every_n partial_eval_num_iters item_embedding_dim"
+    "save_ckpt_every_n partial_eval_num_iters item_embedding_dim rating_embedding_dim num_ratings"
 ).split()
 _NOT_NEGATIVE = (
     "num_epochs num_warmup_steps weight_decay gr_output_length early_stopping_patience gradient_clip_norm "
@@ -38,6 +36,9 @@ class RetrievalConfig:
 
     Model: main_module, item_embedding_dim, dropout_rate (of the input), user_embedding_norm, gr_output_length (extra
     positions: the attention normalizer and position tables have max_sequence_length + gr_output_length + 1),
+    use_rated_input_preproc (the rating of an event, cut to an integer, or the code of its type is embedded beside its
+    item), rating_embedding_dim, num_ratings (ratings are 0 to num_ratings - 1), input_features_preproc (ours: "item",
+    "rated", the same as use_rated_input_preproc, or "interleaved", item and rating as two tokens; see `nn.inputs`),
     main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
 
     Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
@@ -49,11 +50,12 @@ class RetrievalConfig:
 
     Evaluation: eval_split (ours): "test" trains on all but each user's last event and follows the test curve, the
     published protocol; "valid" holds out the last two, evaluates on the first of them, keeps the best epoch and ends
-    with its test metrics. early_stopping_patience (ours): evaluations without improvement of early_stopping_metric
-    before stopping, 0 is off, "valid" only. eval_batch_size, eval_user_max_batch_size (rows scored at a time),
-    top_k_method, filter_history (ours: candidates seen in the window are excluded; a target among them is a miss).
-    eval_interval: steps between metrics on the current training batch. full_eval_every_n: epochs between complete
-    evaluations; the others stop after partial_eval_num_iters batches.
+    with its test metrics. A dataset with explicit splits trains on train and evaluates on valid under either: "test"
+    ends with the test metrics of the last epoch, the published protocol. early_stopping_patience (ours): evaluations
+    without improvement of early_stopping_metric before stopping, 0 is off, "valid" only. eval_batch_size,
+    eval_user_max_batch_size (rows scored at a time), top_k_method, filter_history (ours: candidates seen in the window
+    are excluded; a target among them is a miss). eval_interval: steps between metrics on the current training batch.
+    full_eval_every_n: epochs between complete evaluations; the others stop after partial_eval_num_iters batches.
 
     Checkpoints: save_ckpt_every_n (epochs between kept ones), checkpoint_every_n_steps (ours: rolling ones within an
     epoch, 0 is only at its end), resume (ours): "auto" continues the newest unfinished run of this very config,
@@ -97,6 +99,10 @@ class RetrievalConfig:
     embedding_module_type: Literal["local"] = "local"
     item_embedding_dim: int = 240
     interaction_module_type: str = "DotProduct"
+    use_rated_input_preproc: bool = False
+    input_features_preproc: InputFeatures = "item"
+    rating_embedding_dim: int = 8
+    num_ratings: int = 6
     gr_output_length: int = 10
     l2_norm_eps: float = 1e-6
     enable_tf32: bool = False
@@ -120,21 +126,23 @@ class RetrievalConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        known = TOP_K_OF_SIMILARITY
-        self._expect("interaction_module_type", self.interaction_module_type in known, f"one of {_names(known)}")
-        fitting = known[self.interaction_module_type]
+        self._expect(
+            "interaction_module_type", self.interaction_module_type in SIMILARITIES, f"one of {_names(SIMILARITIES)}"
+        )
+        learned = self.interaction_module_type == "MoL"
         self._expect(
             "top_k_method",
-            self.top_k_method in fitting,
-            f"one of {_names(fitting)} with train_fn.interaction_module_type = {self.interaction_module_type!r}",
+            is_mol_top_k(self.top_k_method) if learned else self.top_k_method == _MIPS,
+            f"{MOL_TOP_K_NAMES if learned else repr(_MIPS)} "
+            f"with train_fn.interaction_module_type = {self.interaction_module_type!r}",
         )
         self._expect(
-            "interaction_module_type",
-            self.interaction_module_type in SIMILARITIES,
-            f"one of {_names(SIMILARITIES)}: the others are not available yet",
+            "top_k_method", not lacks_faiss(self.top_k_method), "FAISS to be installed: try pip install faiss-cpu"
         )
         self._expect(
-            "loss_weights", not self.loss_weights, "{}: the dot product has no auxiliary losses that could be weighted"
+            "loss_weights",
+            learned or not self.loss_weights,
+            "{}: the dot product has no auxiliary losses that could be weighted",
         )
         self._expect(
             "logq_correction",
@@ -151,6 +159,11 @@ class RetrievalConfig:
                 f"a sampler, since train_fn.loss_module = {self.loss_module!r} draws negatives",
             )
         self._expect(
+            "input_features_preproc",
+            not self.use_rated_input_preproc or self.input_features_preproc != "interleaved",
+            "'rated' or 'item' with train_fn.use_rated_input_preproc = True",
+        )
+        self._expect(
             "early_stopping_patience",
             self.early_stopping_patience == 0 or self.eval_split == "valid",
             "0 with train_fn.eval_split = 'test': stopping on test would select on it",
@@ -162,8 +175,14 @@ class RetrievalConfig:
 
     @property
     def num_positions(self) -> int:
-        """n of the equations: window, target and `gr_output_length` further positions."""
-        return self.max_sequence_length + self.gr_output_length + 1
+        """n of the equations: window, target and `gr_output_length` further positions, times the tokens of an event."""
+        tokens = 2 if self.input_features == "interleaved" else 1
+        return tokens * (self.max_sequence_length + self.gr_output_length + 1)
+
+    @property
+    def input_features(self) -> InputFeatures:
+        """What the encoder reads of an event, by whichever binding says it."""
+        return "rated" if self.use_rated_input_preproc else self.input_features_preproc
 
 
 @configurable("create_data_loader")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.encoders.hstu import HSTU
 from generative_recommenders.encoders.sasrec import SASRec
-from generative_recommenders.indexing.exact import TOP_K_METHODS, TopK
+from generative_recommenders.indexing.approximate import top_k_by_name
+from generative_recommenders.indexing.exact import MIPSBruteForceTopK, TopK
 from generative_recommenders.losses.objective import Objective, TokenLosses
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.nn.embeddings import ItemEmbedding
 from generative_recommenders.nn.outputs import l2_normalize
+from generative_recommenders.similarity.dot import Features, Similarity
+from generative_recommenders.similarity.mol import MoL
+from ops.mol_score import MoLItems, MoLQueries
 
 
 class RetrievalModel(nn.Module):
@@ -29,7 +34,7 @@ class RetrievalModel(nn.Module):
         items: ItemEmbedding,
         encoder: HSTU | SASRec,
         output: nn.Module,
-        similarity: nn.Module,
+        similarity: Similarity,
         objective: Objective,
         catalog_X: Tensor,
         *,
@@ -56,15 +61,20 @@ class RetrievalModel(nn.Module):
 
     def queries(self, batch: SequenceBatch, draws: Draws | None = None) -> Tensor:
         """Post-processed states after every event, (T, D)."""
+        tokens = self.encoder.input.tokens(batch)
+        if draws is not None and tokens is not batch:
+            draws = Draws.of(tokens, draws.seed)
         with self._autocast(batch):
-            states_TD = self.encoder(self.encoder.input(batch, self.items, draws), batch, draws)
+            states_TD = self.encoder(self.encoder.input(tokens, self.items, draws), tokens, draws)
+        states_TD = self.encoder.input.of_events(states_TD)
         return self.output(states_TD.float() if self.encoder_bf16 else states_TD)
 
     @torch.no_grad()
     def last_queries(self, batch: SequenceBatch) -> Tensor:
         """Post-processed states after each row's last event, (B, D), without gradient; every row must hold an event."""
+        tokens = self.encoder.input.tokens(batch)
         with self._autocast(batch):
-            states_BD = self.encoder.last_states(self.encoder.input(batch, self.items, None), batch)
+            states_BD = self.encoder.last_states(self.encoder.input(tokens, self.items, None), tokens)
         return self.output(states_BD.float() if self.encoder_bf16 else states_BD)
 
     def _autocast(self, batch: SequenceBatch) -> AbstractContextManager[object]:
@@ -79,34 +89,64 @@ class RetrievalModel(nn.Module):
         gradient of the mean over the global batch, however unequal the ranks' shares are.
         """
         draws = Draws.of(batch, seed)
-        tokens = self._token_losses(self.queries(batch, draws), batch.next_item_ids_T, draws)
+        queries, auxiliary = self.similarity.project_queries(
+            self.queries(batch, draws), batch.user_ids_B[batch.rows_T()], draws
+        )
+        tokens = self._token_losses(queries, batch.next_item_ids_T, draws)
         weights_T = tokens.weights_T * (batch.next_item_ids_T != 0)
         total = all_reduce_sum(weights_T.sum()).clamp(min=1.0)
         main = (tokens.losses_T * weights_T).sum() / total * world_size()
+        # Means over this rank's tokens, weighted by its share of all tokens.
+        share = batch.next_item_ids_T.numel() * world_size() / total
+        auxiliary = {name: value * share for name, value in (auxiliary | tokens.auxiliary).items()}
         loss = main
         for name, weight in self.loss_weights.items():
-            if name not in tokens.auxiliary:
-                known = ", ".join(sorted(tokens.auxiliary)) or "none"
-                raise ValueError(
-                    f"train_fn.loss_weights: got {name!r}, expected an auxiliary loss of this model ({known})"
-                )
-            loss = loss + weight * tokens.auxiliary[name]
-        local = {"main_loss": main, "ar_loss": loss, **tokens.auxiliary}
+            loss = loss + weight * auxiliary[name]
+        local = {"main_loss": main, "ar_loss": loss, **auxiliary}
         # What is reported is the global batch's value, the same on every rank.
         scalars = {name: all_reduce_sum(value.detach()) / world_size() for name, value in local.items()}
         return loss, scalars | {"tokens": total}
 
-    def _token_losses(self, queries_TD: Tensor, positives_T: Tensor, draws: Draws) -> TokenLosses:
-        arguments = (queries_TD, positives_T, self.items.table, self.similarity, draws)
+    def _token_losses(self, queries: Features, positives_T: Tensor, draws: Draws) -> TokenLosses:
+        arguments = (queries, positives_T, self.items.table, self.similarity, draws)
         if self.loss_checkpoint:
             result: TokenLosses = checkpoint(self.objective, *arguments, use_reentrant=False)
             return result
         losses: TokenLosses = self.objective(*arguments)
         return losses
 
-    def top_k(self, max_rows: int | None = None) -> TopK:
+    @torch.no_grad()
+    def target_losses(self, batch: SequenceBatch, seed: int) -> TokenLosses:
+        """Losses (B,) of the rows' targets after their last events, without auxiliary terms worth reading.
+
+        What the objective draws is keyed by seed, user and length, hence the same in every batch.
+        """
+        draws = Draws.of_users(batch, seed)
+        queries, _ = self.similarity.project_queries(self.last_queries(batch), batch.user_ids_B, None)
+        losses: TokenLosses = self.objective(queries, batch.target_ids_B, self.items.table, self.similarity, draws)
+        return losses
+
+    @torch.no_grad()
+    def search_queries(self, batch: SequenceBatch) -> Tensor | MoLQueries:
+        """What `top_k` searches with: the similarity's form of `last_queries`, one a row."""
+        queries, _ = self.similarity.project_queries(self.last_queries(batch), batch.user_ids_B, None)
+        return MoLQueries(*queries) if isinstance(self.similarity, MoL) else queries[0]
+
+    def item_features(self) -> Features:
+        """The item side of the similarity for the whole catalogue, (X, ...), as evaluation uses it."""
+        embeddings = self.items.table[self.catalog_X]
+        if self.item_l2_norm:
+            embeddings = l2_normalize(embeddings, self.l2_norm_eps)
+        return self.similarity.project_items(embeddings, self.catalog_X, None)
+
+    @torch.no_grad()
+    def top_k(self, max_rows: int | None = None) -> TopK[Any]:
         """Retrieval over the catalogue with the present weights."""
+        if isinstance(self.similarity, MoL):
+            items = MoLItems(*self.item_features())
+            gate, temperature = self.similarity.pair_gate(), self.similarity.config.temperature
+            return top_k_by_name(self.top_k_method)(items, gate, temperature, self.catalog_X, max_rows)
         table = self.items.table.detach()
         if self.item_l2_norm:
             table = l2_normalize(table, self.l2_norm_eps)
-        return TOP_K_METHODS[self.top_k_method](table, self.catalog_X, max_rows)
+        return MIPSBruteForceTopK(table, self.catalog_X, max_rows)

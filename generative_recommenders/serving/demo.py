@@ -68,6 +68,7 @@ def history_of(dataset: PreparedDataset, user: int) -> Histories:
         raw_item_ids=[[raw_id[item] for item in dataset.item_ids_E[events].tolist()]],
         timestamps=[dataset.timestamps_E[events].tolist()],
         request_timestamps=[None],
+        ratings=[dataset.ratings_E[events].tolist()],
     )
 
 

@@ -1,13 +1,15 @@
 """Histories of users in raw ids, as a person keeps them: parquet, csv or json, one row a user.
 
 Columns: `item_ids`, a list or text such as "3186,1270" or "[3186, 1270]"; optionally `user_id` (else the row number),
-`timestamps` (the same number of integers, seconds) and `request_timestamp` (the time recommendations are asked for; the
-last event's where it is missing).
+`timestamps` (the same number of integers, seconds), `ratings` (the same number of ratings or codes of event types as
+the model was trained on, for models that read them) and `request_timestamp` (the time recommendations are asked for;
+the last event's where it is missing).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import numbers
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,17 @@ from generative_recommenders.data.tables import TIME_LIMIT
 
 @dataclass(frozen=True)
 class Histories:
-    """Parallel lists over users; raw item ids are strings, oldest first."""
+    """Parallel lists over users; raw item ids are strings, oldest first.
+
+    `named` tells whether `user_ids` are raw ids of users, and not the numbers of the rows.
+    """
 
     user_ids: list[str]
     raw_item_ids: list[list[str]]
     timestamps: list[list[int] | None]
     request_timestamps: list[int | None]
+    ratings: list[list[float]] | None = None
+    named: bool = True
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -69,13 +76,12 @@ def read_histories(path: Path) -> Histories:
     items = [_list(value, path, row, "item_ids") for row, value in enumerate(table["item_ids"])]
     times: list[list[int] | None] = [None] * len(items)
     if "timestamps" in table.columns:
-        parsed = [_list(value, path, row, "timestamps") for row, value in enumerate(table["timestamps"])]
-        for row, (ids, values) in enumerate(zip(items, parsed, strict=True)):
-            if len(ids) != len(values):
-                raise DataError(
-                    f"{path}: row {row + 1} has {len(ids)} item_ids and {len(values)} timestamps, expected equal"
-                )
+        parsed = _parallel(table, "timestamps", items, path)
         times = [[_integer(v, path, row, "timestamps") for v in values] for row, values in enumerate(parsed)]
+    ratings = None
+    if "ratings" in table.columns:
+        given = _parallel(table, "ratings", items, path)
+        ratings = [[_number(v, path, row, "ratings") for v in values] for row, values in enumerate(given)]
     requests: list[int | None] = [None] * len(items)
     if "request_timestamp" in table.columns:
         column = "request_timestamp"
@@ -83,7 +89,16 @@ def read_histories(path: Path) -> Histories:
     users = (
         table["user_id"].map(_raw_id).tolist() if "user_id" in table.columns else [str(i) for i in range(len(items))]
     )
-    return Histories(users, items, times, requests)
+    return Histories(users, items, times, requests, ratings, named="user_id" in table.columns)
+
+
+def _parallel(table: pd.DataFrame, column: str, items: list[list[str]], path: Path) -> list[list[str]]:
+    """Lists of a column that has an element for each item."""
+    parsed = [_list(value, path, row, column) for row, value in enumerate(table[column])]
+    for row, (ids, values) in enumerate(zip(items, parsed, strict=True)):
+        if len(ids) != len(values):
+            raise DataError(f"{path}: row {row + 1} has {len(ids)} item_ids and {len(values)} {column}, expected equal")
+    return parsed
 
 
 def _absent(value: Any) -> bool:
@@ -112,6 +127,16 @@ def _list(value: Any, path: Path, row: int, column: str) -> list[str]:
     if not hasattr(value, "__iter__"):
         raise DataError(f"{path}: row {row + 1}, {column}: got {value!r}, expected a list")
     return [_raw_id(v) for v in value]
+
+
+def _number(value: str, path: Path, row: int, column: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{path}: row {row + 1}, {column}: got {value[:40]!r}, expected a number")
+    return number
 
 
 def _integer(value: Any, path: Path, row: int, column: str) -> int:

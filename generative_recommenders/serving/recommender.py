@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -15,9 +17,11 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
 from generative_recommenders.data.dataset import Catalog, read_catalog
 from generative_recommenders.data.errors import DataError
-from generative_recommenders.retrieval.assemble import Plan, build_model
+from generative_recommenders.data.users import USERS_FILE, read_users
+from generative_recommenders.retrieval.assemble import Plan, build_model, checked_top_k_method
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.serving.histories import Histories
+from generative_recommenders.similarity.mol import UNKNOWN_USER
 from generative_recommenders.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,11 +29,22 @@ _BATCH = 256
 _SUFFIXES = (".parquet", ".csv", ".json", ".jsonl")
 
 
+class _Row(NamedTuple):
+    """What the model sees of one user, (N,) each, and the time of the request."""
+
+    item_ids: Tensor
+    timestamps: Tensor
+    ratings: Tensor
+    request: int
+
+
 @dataclass(frozen=True)
 class Recommender:
     """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids.
 
-    `filter_history` is the configuration's: whether what a user has already seen is left out.
+    `filter_history` is the configuration's: whether what a user has already seen is left out. `num_ratings` is None
+    where the model reads no ratings; else those of a history must be 0 to `num_ratings - 1`. `users` are the numbers of
+    the users that a model with user features was trained on; anybody else is unknown to it.
     """
 
     model: RetrievalModel
@@ -37,17 +52,29 @@ class Recommender:
     max_sequence_length: int
     device: torch.device
     filter_history: bool
+    num_ratings: int | None = None
+    users: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Recommender:
-        """Raises CheckpointError or ConfigError where the directory was not written by this project."""
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, device: torch.device | str = "cpu", top_k_method: str | None = None
+    ) -> Recommender:
+        """`top_k_method` replaces the configuration's.
+
+        Raises CheckpointError or ConfigError where the directory was not written by this project, and ConfigError for
+        a method that cannot search the model's similarity.
+        """
         plan = Plan.of(load([str(checkpoint.path / "config.gin")], []))
         catalog = read_catalog(checkpoint.path / "items.parquet")
         model = build_model(plan, catalog.item_ids).to(device)
         checkpoint.load_model(model, device)
+        model.top_k_method = checked_top_k_method(plan.experiment, top_k_method)
         model.eval()
         window, filter_history = plan.experiment.max_sequence_length, plan.experiment.filter_history
-        return cls(model, catalog, window, torch.device(device), filter_history)
+        reads_ratings = plan.experiment.input_features != "item"
+        num_ratings = plan.experiment.num_ratings if reads_ratings else None
+        users = read_users(checkpoint.path / USERS_FILE)
+        return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users)
 
     @torch.inference_mode()
     def recommend(self, histories: Histories, k: int, *, filter_history: bool | None = None) -> pd.DataFrame:
@@ -58,10 +85,11 @@ class Recommender:
         counted in the log; a user without any known item gets no rows, since there is nothing to condition on.
 
         Raises:
-            DataError: no user has a known item, or k < 1.
+            DataError: no user has a known item, k < 1, or the model reads ratings and the histories have none that fit.
         """
         if k < 1:
             raise DataError(f"--top_k: got {k}, expected at least 1")
+        ratings = self._ratings(histories)
         number = {raw: int(i) for raw, i in zip(self.catalog.raw_ids, self.catalog.item_ids.tolist(), strict=True)}
         known = [[(n, i) for n, raw in enumerate(ids) if (i := number.get(raw))] for ids in histories.raw_item_ids]
         dropped = sum(len(ids) - len(kept) for ids, kept in zip(histories.raw_item_ids, known, strict=True))
@@ -82,25 +110,47 @@ class Recommender:
         parts = []
         for first in range(0, len(users), _BATCH):
             chosen = users[first : first + _BATCH]
-            rows = [self._row(known[u], histories.timestamps[u], histories.request_timestamps[u]) for u in chosen]
+            rows = [
+                self._row(known[u], histories.timestamps[u], histories.request_timestamps[u], ratings[u])
+                for u in chosen
+            ]
             seen = [torch.tensor([item for _, item in known[u]]) for u in chosen] if filtered else None
-            parts.append(self._frame([histories.user_ids[u] for u in chosen], _batch(rows), seen, k))
+            names = [histories.user_ids[u] for u in chosen]
+            numbers = [self.users.get(name, UNKNOWN_USER) if histories.named else UNKNOWN_USER for name in names]
+            parts.append(self._frame(names, _batch(rows, numbers), seen, k))
         return pd.concat(parts, ignore_index=True)
 
+    def _ratings(self, histories: Histories) -> list[list[float]] | list[None]:
+        """The ratings of each history, None where the model reads none."""
+        if self.num_ratings is None:
+            return [None] * len(histories)
+        expected = f"0 to {self.num_ratings - 1}"
+        if histories.ratings is None:
+            raise DataError(
+                "histories: got no ratings, expected the rating or event type of every event, which this model reads; "
+                f"try a column ratings with numbers from {expected}"
+            )
+        for user, ratings in zip(histories.user_ids, histories.ratings, strict=True):
+            wrong = next((r for r in ratings if not 0 <= r < self.num_ratings), None)
+            if wrong is not None:
+                raise DataError(f"histories: user {user!r}: got rating {wrong:g}, expected {expected}")
+        return histories.ratings
+
     def _row(
-        self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None
-    ) -> tuple[Tensor, Tensor, int]:
-        """Ids and timestamps of the window and the time of the request."""
+        self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None, ratings: list[float] | None
+    ) -> _Row:
+        """The window of a user whose known items are `kept`, by place in the history and id."""
         window = kept[-self.max_sequence_length :]
         ids = torch.tensor([i for _, i in window])
         stamps = torch.tensor([times[n] for n, _ in window] if times is not None else [0] * len(window))
-        return ids, stamps, int(stamps[-1]) if request is None else request
+        marks = torch.tensor([ratings[n] for n, _ in window]) if ratings is not None else torch.zeros(len(window))
+        return _Row(ids, stamps, marks, int(stamps[-1]) if request is None else request)
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         top_k = self.model.top_k()
-        queries_BD = self.model.last_queries(batch.to(self.device))
+        queries = self.model.search_queries(batch.to(self.device))
         filters = () if seen is None else (_offsets(seen).to(self.device), torch.cat(seen).to(self.device))
-        scores_BK, ids_BK = top_k(queries_BD, min(k, len(top_k)), *filters)
+        scores_BK, ids_BK = top_k(queries, min(k, len(top_k)), *filters)
         found = (ids_BK != 0).cpu()
         places = torch.searchsorted(self.catalog.item_ids, ids_BK.cpu()[found]).tolist()
         rows, ranks = found.nonzero(as_tuple=True)
@@ -119,22 +169,22 @@ def _offsets(rows: list[Tensor]) -> Tensor:
     return torch.tensor([0, *(row.numel() for row in rows)]).cumsum(0)
 
 
-def _batch(rows: list[tuple[Tensor, Tensor, int]]) -> SequenceBatch:
+def _batch(rows: list[_Row], users: list[int]) -> SequenceBatch:
     """A batch without targets: what follows a row's last event is unknown, only its time is given."""
-    ids = torch.cat([r[0] for r in rows])
-    times = torch.cat([r[1] for r in rows])
-    offsets = _offsets([r[0] for r in rows])
-    next_times = torch.cat([torch.cat([r[1][1:], torch.tensor([r[2]])]) for r in rows])
-    next_ids = torch.cat([torch.cat([r[0][1:], torch.zeros(1, dtype=torch.int64)]) for r in rows])
+    ids = torch.cat([r.item_ids for r in rows])
+    times = torch.cat([r.timestamps for r in rows])
+    offsets = _offsets([r.item_ids for r in rows])
+    next_times = torch.cat([torch.cat([r.timestamps[1:], torch.tensor([r.request])]) for r in rows])
+    next_ids = torch.cat([torch.cat([r.item_ids[1:], torch.zeros(1, dtype=torch.int64)]) for r in rows])
     nobody = torch.zeros(len(rows), dtype=torch.int64)
     return SequenceBatch(
         item_ids_T=ids,
-        ratings_T=torch.zeros(ids.numel()),
+        ratings_T=torch.cat([r.ratings for r in rows]).float(),
         timestamps_T=times,
         next_item_ids_T=next_ids,
         next_timestamps_T=next_times,
         offsets=offsets,
-        user_ids_B=torch.arange(len(rows)),
+        user_ids_B=torch.tensor(users),
         target_ids_B=nobody,
         target_ratings_B=nobody.float(),
         target_timestamps_B=next_times[offsets[1:] - 1],

@@ -27,7 +27,9 @@ from generative_recommenders.errors import UserError
 
 FORMAT_VERSION = 1
 _PREFIX = "step-"
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "config.gin")
+_FILES = ("model.safetensors", "state.json", "config.gin")
+# Absent from an exported model, which nothing resumes.
+_OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointError(UserError):
@@ -95,7 +97,7 @@ class Checkpoint:
         model.load_state_dict(tensors)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, device: torch.device | str = "cpu") -> None:
-        tensors = _read(self.path / "optimizer.safetensors", device)
+        tensors = _read(self.path / _OPTIMIZER, device)
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             index, key = name.split(".", 1)
@@ -149,7 +151,7 @@ class CheckpointFolder:
             self._discard_leftovers()
             aside.mkdir(parents=True)
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors")
-            save_file(_optimizer_tensors(optimizer), aside / "optimizer.safetensors")
+            save_file(_optimizer_tensors(optimizer), aside / _OPTIMIZER)
             (aside / "config.gin").write_text(config)
             for source in extra_files:
                 self._copy(source, aside / source.name)

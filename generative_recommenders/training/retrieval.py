@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import Config, ConfigError, load
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.metrics import METRIC_NAMES, mean_metrics
-from generative_recommenders.evaluation.retrieval import Evaluation, evaluate, rank_targets
+from generative_recommenders.evaluation.retrieval import Evaluation, evaluate, mean_target_loss, rank_targets
 from generative_recommenders.retrieval.assemble import (
     Plan,
     Splits,
     build_model,
+    checked_top_k_method,
     evaluation_loader,
+    require_ratings,
     training_counts,
     training_loader,
 )
@@ -63,6 +66,7 @@ class RetrievalExperiment:
         self.places = places
         self.runtime = runtime
         self.dataset = PreparedDataset.load(places.data_dir, self.plan.experiment.dataset_name)
+        require_ratings(self.plan.experiment, self.dataset)
         self.splits = Splits.of(self.plan.experiment, self.dataset)
         _configure_precision(self.plan.experiment.enable_tf32)
 
@@ -93,6 +97,16 @@ class RetrievalExperiment:
             filter_history=e.filter_history,
             max_rows=e.eval_user_max_batch_size,
         )
+
+    @property
+    def followed_split(self) -> str:
+        """Evaluated every epoch: explicit splits have a validation set, whether it selects or not."""
+        return "valid" if self.dataset.explicit else self.plan.experiment.eval_split
+
+    def with_loss(self, evaluation: Evaluation, model: RetrievalModel, split: str) -> Evaluation:
+        """The evaluation with the mean loss of the targets among its metrics."""
+        loss = mean_target_loss(model, self.batches(split), self.runtime, self.plan.experiment.random_seed)
+        return replace(evaluation, metrics=evaluation.metrics | {"loss": loss})
 
     def train(self) -> tuple[Evaluation, Path]:
         """Train to the end; returns the reported evaluation and the run's folder."""
@@ -126,11 +140,12 @@ class RetrievalExperiment:
             run.checkpoints,
             self.config.operative(),
             {"dataset": self.dataset.fingerprint, "environment": environment(self.runtime.device)},
-            extra_files=[self.dataset.folder / "items.parquet"],
+            extra_files=self._extra_files(run.folder),
         )
         try:
             evaluation, progress = trainer.run(run.checkpoint)
             split = trainer.settings.reported_split
+            evaluation = self.with_loss(evaluation, model, split)
             record = self._record(evaluation, split) | {
                 "seconds": progress.seconds,
                 "epochs": progress.epoch,
@@ -141,6 +156,15 @@ class RetrievalExperiment:
         finally:
             reporter.close()
         return evaluation
+
+    def _extra_files(self, folder: Path) -> list[Path]:
+        """What a checkpoint needs of the data: the item map, and the users where the model has features of them."""
+        items = self.dataset.folder / "items.parquet"
+        if self.plan.similarity is None or not self.plan.similarity.uid_embedding_hash_sizes:
+            return [items]
+        if self.runtime.is_main:
+            write_users(self.dataset, folder / USERS_FILE)
+        return [items, folder / USERS_FILE]
 
     def _choose_run(self) -> Run:
         """Rank 0 looks at the folders and the clock and takes the lock; the others follow it."""
@@ -156,8 +180,10 @@ class RetrievalExperiment:
             raise CheckpointError(refusal)
         return own or Run(Path(folder), Checkpoint.open(Path(checkpoint)) if checkpoint else None)
 
-    def evaluate_checkpoint(self, path: Path | None, split: str) -> Evaluation:
-        """Metrics of a checkpoint, of this config's newest run where no path is given."""
+    def evaluate_checkpoint(self, path: Path | None, split: str, top_k_method: str | None = None) -> Evaluation:
+        """Metrics of a checkpoint, of this config's newest run where no path is given; `top_k_method` replaces the
+        config's."""
+        method = checked_top_k_method(self.plan.experiment, top_k_method)
         if path is None:
             path = newest_run(self.group, self.identity)
             if path is None:
@@ -167,15 +193,16 @@ class RetrievalExperiment:
                 )
         checkpoint = find_checkpoint(path)
         self.require_fit(checkpoint)
-        if split == "valid" and self.plan.experiment.eval_split != "valid":
+        if split == "valid" and self.followed_split != "valid":
             raise ConfigError(
                 "--split=valid: this model was trained on the validation events (train_fn.eval_split = 'test'), "
                 "expected a model trained with train_fn.eval_split = 'valid'; try --split=test"
             )
         model = self.model()
         checkpoint.load_model(model, self.runtime.device)
+        model.top_k_method = method
         logger.info("checkpoint %s (epoch %d)", checkpoint.path, checkpoint.progress.epoch)
-        return self.evaluate(model, split)
+        return self.with_loss(self.evaluate(model, split), model, split)
 
     def dry_run(self) -> str:
         """What a run would be: model, parameters, memory and steps; one batch goes through forward and backward."""
@@ -216,7 +243,7 @@ class RetrievalExperiment:
                 )
 
     def _require_users(self) -> None:
-        for name in ("train", "valid", "test") if self.plan.experiment.eval_split == "valid" else ("train", "test"):
+        for name in ("train", "valid", "test") if self.followed_split == "valid" else ("train", "test"):
             split = self.splits.named(name)
             if len(split) == 0:
                 raise DataError(
@@ -233,7 +260,7 @@ class RetrievalExperiment:
                     "%s split: %d of %d users have too few events and are left out",
                     name,
                     split.num_skipped,
-                    self.dataset.num_users,
+                    split.num_rows,
                 )
 
     def _task(self, model: RetrievalModel) -> Task:
@@ -241,7 +268,7 @@ class RetrievalExperiment:
 
         def follow(epoch: int, complete: bool) -> Evaluation:
             self._check_bindings(epoch)
-            return self.evaluate(model, e.eval_split, None if complete else e.partial_eval_num_iters)
+            return self.evaluate(model, self.followed_split, None if complete else e.partial_eval_num_iters)
 
         def probe(batch: SequenceBatch) -> Mapping[str, float]:
             filled = batch.offsets.diff() > 0
@@ -279,7 +306,7 @@ class RetrievalExperiment:
             full_eval_every_n=e.full_eval_every_n,
             save_ckpt_every_n=e.save_ckpt_every_n,
             checkpoint_every_n_steps=e.checkpoint_every_n_steps,
-            followed_split=e.eval_split,
+            followed_split=self.followed_split,
             reported_split="test",
             keep_best=e.eval_split == "valid",
             early_stopping_metric=e.early_stopping_metric,
@@ -299,13 +326,18 @@ class RetrievalExperiment:
                 f"continuing at epoch {p.epoch}, step {p.step}; train_fn.resume = 'never' would start a new run"
             )
 
+    def _protocol(self) -> str:
+        if self.plan.experiment.eval_split == "valid":
+            return "selected on valid"
+        return "explicit splits, last epoch" if self.dataset.explicit else "test curve, no validation set"
+
     def _record(self, evaluation: Evaluation, split: str) -> dict[str, Any]:
         e = self.plan.experiment
         return {
             "date": time.strftime("%Y-%m-%d"),
             "dataset": self.dataset.name,
             "split": split,
-            "protocol": "test curve, no validation set" if e.eval_split == "test" else "selected on valid",
+            "protocol": self._protocol(),
             "metrics": evaluation.metrics,
             "counts": {
                 "users_evaluated": evaluation.num_users,

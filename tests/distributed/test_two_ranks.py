@@ -73,4 +73,6 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
             assert b["metrics"][name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
     assert one_final["counts"] == two_final["counts"]
     assert (one_final["world_size"], two_final["world_size"]) == (1, 2)
+    one_loss, two_loss = (final["metrics"].pop("loss") for final in (one_final, two_final))
+    assert one_loss == pytest.approx(two_loss, abs=2e-5)
     assert one_final["metrics"] == pytest.approx(two_final["metrics"], abs=1e-9, nan_ok=True)

@@ -37,7 +37,7 @@ def test_ends_with_recommendations_the_run_folder_and_the_test_line(
     write_toy_dataset(tmp_path / "data", "ml-100k")
     lines = run_demo(tmp_path, caplog)
     (folder,) = (tmp_path / "exps" / "ml-100k-l8").iterdir()
-    assert lines[-1].startswith("TEST eval: NDCG@10 ")
+    assert lines[-1].startswith("TEST eval: NDCG@5 ")
     assert lines[-3:-1] == [f"run folder: {folder}", f"curves: tensorboard --logdir {folder.parent}"]
     ranked = [re.fullmatch(r" *(\d+) +-?\d+\.\d{3} +sku-(\d+)  Item (\d+)", line) for line in lines[-13:-3]]
     assert [match and int(match[1]) for match in ranked] == list(range(1, 11))

@@ -122,7 +122,8 @@ def test_early_stopping_reports_the_best_epoch_on_test(tmp_path: Path, monkeypat
     )
     evaluation, folder = run.train()
     *lines, last = evaluations(folder)
-    assert (last["split"], last["metrics"]) == ("test", evaluation.metrics)
+    loss = {"loss": evaluation.metrics["loss"]}
+    assert (last["split"], last["metrics"] | loss) == ("test", evaluation.metrics)
     values = [line["metrics"]["hr@10"] for line in lines]
     best = max(range(len(values)), key=lambda i: (values[i], -i))
     assert len(values) == min(20, best + 4)
@@ -143,7 +144,7 @@ def test_published_protocol_reports_the_last_epoch_and_trains_on_the_validation_
     evaluation, folder = published.train()
     lines = evaluations(folder)
     assert [line["split"] for line in lines] == ["test"] * 3
-    assert lines[-1]["metrics"] == evaluation.metrics
+    assert lines[-1]["metrics"] | {"loss": evaluation.metrics["loss"]} == evaluation.metrics
 
 
 def test_partial_evaluations_and_what_is_kept(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_no_whole_batch_is_refused(tmp_path: Path) -> None:
         (["train_fn.random_seed = 99999999999999999999999"], "train_fn.random_seed: got"),
         (
             ["train_fn.interaction_module_type = 'MoL'", "train_fn.top_k_method = 'MoLBruteForceTopK'"],
-            "not available yet",
+            "create_mol_interaction_module.dot_product_dimension: not set",
         ),
     ],
 )
