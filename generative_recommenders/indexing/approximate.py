@@ -9,8 +9,8 @@ From "Retrieval with Learned Similarities" (arXiv 2407.15462), section 4, as its
     MoLHIndexerTopK{m}    about m items above a threshold that a sample of the items sets, nothing sorted: the first
                           stage of "Revisiting Neural Retrieval on Accelerators" (arXiv 2306.04039), section 4.2
 
-A module knows only what its first stage keeps: a target left out there is a miss. Items of the history take places of
-the first stage, so as many more are fetched as the longest history of the batch holds. The public code scores
+A module knows only what its first stage keeps: a target left out there is a miss. Items of the history do not count
+among the k or m of the first stage, so that a list depends on its own query and history alone. The public code scores
 duplicates of the union with -32767; here they are marked and never scored above anything.
 """
 
@@ -36,17 +36,15 @@ _SAMPLE = 4096
 # Numbers that the gathered components of the candidates may hold: 64 MB in fp32.
 _BLOCK_NUMBERS = 1 << 24
 _SLACK = 1.25
+_SPARE = 64
 
 
 class TwoStageTopK(MoLBruteForceTopK):
     """Rescores what `candidates` finds."""
 
     @abstractmethod
-    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
-        """Places of items in the catalogue, (B, R) int64, in any order; an item may occur twice, -1 is none.
-
-        extra: how many more than the module's own number to find, for the history to take away.
-        """
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
+        """Places of items in the catalogue, (B, R) int64, in any order; an item may occur twice, -1 is none."""
 
     def __call__(
         self, queries: MoLQueries, k: int, seen_offsets: Tensor | None = None, seen_ids: Tensor | None = None
@@ -86,15 +84,12 @@ class TwoStageTopK(MoLBruteForceTopK):
     ) -> tuple[Tensor, Tensor]:
         """Scores and ids (b, R) of the distinct unseen candidates; -inf and id 0 elsewhere."""
         own = query_rows(queries, rows)
-        offsets, seen = seen_of(rows, seen_offsets, seen_ids)
-        longest = int(offsets.diff().max()) if seen.numel() else 0
-        places = self.candidates(own, longest).sort(dim=1).values
+        history = History(*seen_of(rows, seen_offsets, seen_ids), self.candidate_ids_X)
+        places = self.candidates(own, history).sort(dim=1).values
         absent = places < 0
         absent[:, 1:] |= places[:, 1:] == places[:, :-1]
         places = places.clamp(min=0)
         ids = self.candidate_ids_X[places]
-        if seen.numel():
-            absent |= _is_seen(ids, offsets, seen)
         gate = None if self.items.gate is None else self.items.gate[places]
         items = MoLItems(self.items.components[places], gate)
         scores = mol_score(own, items, self.gate, temperature=self.temperature).float()
@@ -115,17 +110,46 @@ class TwoStageTopK(MoLBruteForceTopK):
         return torch.cat(best_scores), torch.cat(best_ids)
 
 
-def _is_seen(ids_BR: Tensor, offsets: Tensor, seen_ids: Tensor) -> Tensor:
-    """Whether each id is in its row's history."""
-    span = int(torch.maximum(ids_BR.max(), seen_ids.max())) + 1
-    owner = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=ids_BR.device), offsets.diff())
-    row_B = torch.arange(len(ids_BR), device=ids_BR.device)
-    return torch.isin(row_B[:, None] * span + ids_BR, owner * span + seen_ids)
+class History:
+    """The places in the catalogue that each row has seen."""
+
+    def __init__(self, offsets: Tensor, seen_ids: Tensor, candidate_ids_X: Tensor) -> None:
+        places = torch.searchsorted(candidate_ids_X, seen_ids).clamp_(max=len(candidate_ids_X) - 1)
+        known = candidate_ids_X[places] == seen_ids
+        rows = torch.arange(len(offsets) - 1, device=offsets.device)
+        owners = rows.repeat_interleave(offsets.diff())[known]
+        self._span = len(candidate_ids_X)
+        self._rows_B1 = rows[:, None]
+        self._keys = owners * self._span + places[known]
+        self.lengths_B = torch.bincount(owners, minlength=len(rows))
+        self.longest = int(self.lengths_B.max()) if len(self._keys) else 0
+
+    def holds(self, places_BR: Tensor) -> Tensor:
+        """Whether each place is in its row's history."""
+        if not len(self._keys):
+            return torch.zeros_like(places_BR, dtype=torch.bool)
+        return torch.isin(self._rows_B1 * self._span + places_BR, self._keys)
+
+    def first_unseen(self, places_BR: Tensor, count: int) -> Tensor:
+        """The places with all but the first `count` unseen ones of each row made -1."""
+        unseen = ~self.holds(places_BR)
+        return torch.where(unseen & (unseen.cumsum(1) <= count), places_BR, -1)
+
+    def repeated(self, times: int) -> History:
+        """The history of each row `times` times in a row."""
+        again = object.__new__(History)
+        again._span, again.longest = self._span, self.longest
+        again._rows_B1 = torch.arange(len(self._rows_B1) * times, device=self._rows_B1.device)[:, None]
+        owners, places = self._keys // self._span, self._keys % self._span
+        steps = torch.arange(times, device=self._keys.device)
+        again._keys = ((owners[:, None] * times + steps) * self._span + places[:, None]).flatten()
+        again.lengths_B = self.lengths_B.repeat_interleave(times)
+        return again
 
 
 def _best_places(queries_BD: Tensor, vectors_XD: Tensor, k: int) -> Tensor:
-    """Places (B, min(k, X)) of the largest inner products, in any order."""
-    return torch.topk(queries_BD @ vectors_XD.T, min(k, len(vectors_XD)), dim=1, sorted=False).indices
+    """Places (B, min(k, X)) of the largest inner products, best first."""
+    return torch.topk(queries_BD @ vectors_XD.T, min(k, len(vectors_XD)), dim=1).indices
 
 
 class MoLNaiveTopK(TwoStageTopK):
@@ -137,10 +161,14 @@ class MoLNaiveTopK(TwoStageTopK):
         # (P_X, X, D_P): a search reads one component of all items.
         self._by_component = self.items.components.transpose(0, 1).contiguous()
 
-    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
         batch, width, _ = queries.components.shape
         flat = queries.components.flatten(0, 1).to(self._by_component.dtype)
-        found = [self._search(component, flat, self.k_g + extra) for component in range(len(self._by_component))]
+        each = history.repeated(width)
+        found = [
+            each.first_unseen(self._search(component, flat, self.k_g + history.longest), self.k_g)
+            for component in range(len(self._by_component))
+        ]
         return torch.cat([places.view(batch, width * places.shape[1]) for places in found], dim=1)
 
     def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
@@ -179,8 +207,9 @@ class MoLAvgTopK(TwoStageTopK):
         self.m = m
         self._means_XD = self.items.components.mean(dim=1)
 
-    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
-        return _best_places(self._sums(queries), self._means_XD, self.m + extra)
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
+        places = _best_places(self._sums(queries), self._means_XD, self.m + history.longest)
+        return history.first_unseen(places, self.m)
 
     def _sums(self, queries: MoLQueries) -> Tensor:
         return queries.components.sum(dim=1).to(self._means_XD.dtype)
@@ -192,21 +221,23 @@ class MoLAvgTopK(TwoStageTopK):
 class MoLHIndexerTopK(MoLAvgTopK):
     """About `m` items whose first-stage product is above a threshold estimated from a sample of the items."""
 
-    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
-        wanted = min(self.m + extra, len(self))
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
         products_BX = self._sums(queries) @ self._means_XD.T
-        step = max(1, len(self) // _SAMPLE)
-        sample = products_BX[:, ::step]
-        kept = min(sample.shape[1], -(-wanted * sample.shape[1] // len(self)) + 1)
-        threshold_B1 = sample.kthvalue(sample.shape[1] - kept + 1, dim=1, keepdim=True).values
+        count = len(self)
+        sample, _ = products_BX[:, :: max(1, count // _SAMPLE)].sort(dim=1, descending=True)
+        wanted_B1 = (self.m + history.lengths_B[:, None]).clamp(max=count)
+        # The sample's share of what is wanted, and one more, as too few cannot be made up for later.
+        place_B1 = (wanted_B1 * sample.shape[1] // count + 1).clamp(max=sample.shape[1] - 1)
+        threshold_B1 = sample.gather(1, place_B1)
         above = products_BX >= threshold_B1
-        limit = min(len(self), int(_SLACK * wanted) + 64)
-        # What passes goes to its own column; beyond the limit nothing is kept, in the order of the catalogue.
+        # A threshold lets a little more through than is wanted; what is beyond the limit is dropped unsorted.
+        limit_B1 = (wanted_B1.double() * _SLACK).long() + _SPARE
         column = above.cumsum(1) - 1
-        rows, places = (above & (column < limit)).nonzero(as_tuple=True)
-        found = torch.full((len(products_BX), limit), -1, dtype=torch.int64, device=products_BX.device)
+        rows, places = (above & (column < limit_B1)).nonzero(as_tuple=True)
+        width = min(count, int(limit_B1.max()))
+        found = torch.full((len(products_BX), width), -1, dtype=torch.int64, device=products_BX.device)
         found[rows, column[rows, places]] = places
-        return found
+        return torch.where(history.holds(found), -1, found)
 
 
 class MoLCombTopK(TwoStageTopK):
@@ -216,8 +247,8 @@ class MoLCombTopK(TwoStageTopK):
         super().__init__(*arguments, **options)
         self._stages = (MoLNaiveTopK(*arguments, k_g=k_g, **options), MoLAvgTopK(*arguments, m=m, **options))
 
-    def candidates(self, queries: MoLQueries, extra: int) -> Tensor:
-        return torch.cat([stage.candidates(queries, extra) for stage in self._stages], dim=1)
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
+        return torch.cat([stage.candidates(queries, history) for stage in self._stages], dim=1)
 
     def expected_candidates(self) -> int:
         return sum(stage.expected_candidates() for stage in self._stages)

@@ -1,0 +1,157 @@
+"""Top-k under Mixture of Logits: the exact module against all scores, the two-stage ones against the exact one."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from generative_recommenders.indexing.approximate import MOL_TOP_K_NAMES, is_mol_top_k, top_k_by_name
+from generative_recommenders.indexing.mol import MoLBruteForceTopK
+from ops.mol_score import MoLGate, MoLItems, MoLQueries, mol_score
+
+ITEMS, QUERIES, P_Q, P_X, WIDTH = 37, 7, 3, 2, 5
+FAISS = importlib.util.find_spec("faiss") is not None
+TWO_STAGE = ["MoLNaiveTopK3", "MoLAvgTopK6", "MoLCombTopK2_4", "MoLHIndexerTopK6"]
+# First stages that leave nothing out.
+COMPLETE = ["MoLNaiveTopK37", "MoLAvgTopK37", "MoLCombTopK1_37", "MoLHIndexerTopK100", "MoLNaiveTopK1000"]
+IDS = torch.arange(ITEMS) * 3 + 2
+
+
+def sides(gated: bool = True, dtype: torch.dtype = torch.float32) -> tuple[MoLQueries, MoLItems, MoLGate]:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    pairs = P_Q * P_X
+    queries = MoLQueries(draw(QUERIES, P_Q, WIDTH), draw(QUERIES, pairs) if gated else None)
+    items = MoLItems(draw(ITEMS, P_X, WIDTH), draw(ITEMS, pairs) if gated else None)
+    return queries, items, MoLGate(draw(pairs, 4), draw(4), draw(4, pairs), draw(pairs))
+
+
+def build(name: str, gated: bool = True, max_rows: int | None = None) -> tuple[MoLQueries, MoLBruteForceTopK]:
+    queries, items, gate = sides(gated)
+    return queries, top_k_by_name(name)(items, gate, 0.5, IDS, max_rows)
+
+
+def seen() -> tuple[Tensor, Tensor]:
+    """Histories of 0 to 6 items, one of them unknown."""
+    g = torch.Generator().manual_seed(1)
+    lists = [IDS[torch.randperm(ITEMS, generator=g)[:n]] for n in range(QUERIES)]
+    lists[3] = torch.cat([lists[3], torch.tensor([1])])
+    lengths = torch.tensor([0, *(len(x) for x in lists)])
+    return lengths.cumsum(0), torch.cat(lists)
+
+
+def all_scores(gated: bool = True) -> Tensor:
+    queries, items, gate = sides(gated)
+    return mol_score(queries, items, gate, temperature=0.5, backend="reference")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *COMPLETE])
+def test_a_complete_first_stage_gives_the_exact_order(name: str, gated: bool) -> None:
+    queries, module = build(name, gated)
+    scores, ids = module(queries, 9)
+    wanted = all_scores(gated).sort(dim=1, descending=True)
+    torch.testing.assert_close(scores, wanted.values[:, :9])
+    assert torch.equal(ids, IDS[wanted.indices[:, :9]])
+
+
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *TWO_STAGE, *COMPLETE])
+def test_no_item_is_seen_twice_or_from_the_history(name: str) -> None:
+    queries, module = build(name)
+    offsets, history = seen()
+    scores, ids = module(queries, 8, offsets, history)
+    exact = all_scores()
+    for row in range(QUERIES):
+        found = ids[row][ids[row] > 0]
+        own = history[offsets[row] : offsets[row + 1]]
+        assert len(found.unique()) == len(found) and not torch.isin(found, own).any()
+        assert bool((scores[row][:-1] >= scores[row][1:]).all())
+        torch.testing.assert_close(scores[row][: len(found)], exact[row, torch.searchsorted(IDS, found)])
+
+
+@pytest.mark.parametrize("name", TWO_STAGE)
+def test_a_history_leaves_as_many_as_without_one(name: str) -> None:
+    queries, module = build(name)
+    k = {"MoLNaiveTopK3": 3, "MoLAvgTopK6": 6, "MoLCombTopK2_4": 4, "MoLHIndexerTopK6": 1}[name]
+    assert bool((module(queries, k, *seen())[1] > 0).all())
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *TWO_STAGE, *COMPLETE])
+def test_the_rank_is_the_place_in_the_list(name: str, filtered: bool) -> None:
+    queries, module = build(name)
+    offsets, history = seen()
+    histories = (offsets, history) if filtered else (None, None)
+    _, listed = module(queries, ITEMS, *histories)
+    for target in IDS[::4].tolist():
+        targets = torch.full((QUERIES,), target)
+        if filtered or name.startswith("MoLBrute") or name in COMPLETE:
+            ranks = module.rank_of_target(queries, targets, offsets, history, filter_history=filtered)
+            places = (listed == target).float()
+            wanted = torch.where(places.any(1), places.argmax(1) + 1, 0)
+            assert torch.equal(ranks, wanted), target
+    stranger = torch.full((QUERIES,), 1)
+    assert not module.rank_of_target(queries, stranger, offsets, history, filter_history=filtered).any()
+
+
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *TWO_STAGE])
+def test_rows_at_a_time_change_nothing(name: str) -> None:
+    queries, module = build(name)
+    _, sliced = build(name, max_rows=1)
+    for one, other in zip(module(queries, 5), sliced(queries, 5), strict=True):
+        torch.testing.assert_close(one, other)
+    targets, histories = IDS[:QUERIES], seen()
+    torch.testing.assert_close(
+        module.rank_of_target(queries, targets, *histories, filter_history=True),
+        sliced.rank_of_target(queries, targets, *histories, filter_history=True),
+    )
+
+
+@pytest.mark.parametrize("name", [*TWO_STAGE, "MoLBruteForceTopK"])
+def test_beyond_the_candidates_there_is_nothing(name: str) -> None:
+    queries, module = build(name)
+    scores, ids = module(queries, 60)
+    assert scores.shape == ids.shape == (QUERIES, 60)
+    assert bool((ids[:, ITEMS:] == 0).all()) and bool(torch.isneginf(scores[ids == 0]).all())
+
+
+def test_the_union_holds_both_stages() -> None:
+    queries, both = build("MoLCombTopK2_4")
+    union = [set(row) for row in both(queries, ITEMS)[1].tolist()]
+    for name in ("MoLNaiveTopK2", "MoLAvgTopK4"):
+        part = build(name)[1](queries, ITEMS)[1].tolist()
+        assert all(set(row) <= whole for row, whole in zip(part, union, strict=True))
+
+
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *TWO_STAGE])
+def test_items_of_half_precision(name: str) -> None:
+    queries, items, gate = sides(dtype=torch.bfloat16)
+    scores, ids = top_k_by_name(name)(items, gate, 0.5, IDS)(queries, 3)
+    assert scores.dtype == torch.float32 and bool((ids > 0).all())
+
+
+@pytest.mark.parametrize("name", ["MoLNaiveTopK10", "MoLAvgTopK500", "MoLCombTopK5_200", "MoLNaiveFaissTopK5"])
+def test_names(name: str) -> None:
+    assert is_mol_top_k(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["MoLNaiveTopK", "MoLAvgTopK0", "MoLCombTopK5", "MoLAvgTopK5_5", "Top", "MoLAvgTopK-1"]
+)
+def test_other_names_are_refused_with_the_known_ones(name: str) -> None:
+    assert not is_mol_top_k(name)
+    with pytest.raises(ValueError, match="expected MoLBruteForceTopK") as refusal:
+        top_k_by_name(name)
+    assert MOL_TOP_K_NAMES in str(refusal.value)
+
+
+@pytest.mark.skipif(not FAISS, reason="FAISS is an optional extra (pip install faiss-cpu)")
+def test_faiss_that_searches_every_cell_is_the_plain_search() -> None:
+    queries, module = build("MoLNaiveFaissTopK5")
+    wanted = build("MoLNaiveTopK5")[1](queries, 5)
+    for found, expected in zip(module(queries, 5), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
