@@ -99,7 +99,7 @@ def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
     recommender = Recommender.from_checkpoint(
         find_checkpoint(arguments.checkpoint), here.device, arguments.top_k_method
     )
-    table = recommender.recommend(read_histories(arguments.histories), arguments.top_k)
+    table = recommender.recommend(read_histories(arguments.histories, recommender.event_columns), arguments.top_k)
     if arguments.output is not None:
         write_recommendations(table, arguments.output)
         logger.info("%d recommendations for %d users in %s", len(table), table["user_id"].nunique(), arguments.output)

@@ -8,7 +8,7 @@ Item ids are int64 and 0 is padding everywhere.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class SequenceBatch:
 
     `next_*_T` at a token is the event after it; at a row's last token it is the row's target. That pairing carries both
     the supervision of every position and the time a prediction is asked for (the time of the event to predict).
+    `events` are further columns of the history's events by name, int64 (T,) each.
     """
 
     item_ids_T: Tensor
@@ -36,6 +37,7 @@ class SequenceBatch:
     target_timestamps_B: Tensor
     # Number of each row in the global batch of the step: randomness is keyed by it, so it does not depend on the ranks.
     row_numbers_B: Tensor
+    events: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -54,5 +56,7 @@ class SequenceBatch:
         return jagged.positions(self.offsets, self.item_ids_T.numel())
 
     def to(self, device: torch.device | str) -> SequenceBatch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return SequenceBatch(**moved)
+        tensors = (f.name for f in fields(self) if f.name != "events")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        events = {name: column.to(device, non_blocking=True) for name, column in self.events.items()}
+        return SequenceBatch(**moved, events=events)

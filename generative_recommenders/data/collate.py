@@ -97,6 +97,7 @@ class Split:
             target_ratings_B=data.ratings_E[targets],
             target_timestamps_B=data.timestamps_E[targets],
             row_numbers_B=row_numbers,
+            events={name: column[events] for name, column in data.events.items()},
         )
 
     def _thinned_events(self, rows: Tensor, start: Tensor, stop: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ class PreparedDataset:
     """Events of all users laid end to end, oldest first within a user; E events, U users.
 
     `split_rows` is empty where splits are made by leaving events out; with explicit splits it holds, by split, the
-    first row and the one after the last, and a user may own several of the U rows.
+    first row and the one after the last, and a user may own several of the U rows. `events` are further columns of the
+    events by name, int64 (E,) each, as `load` was asked for them.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PreparedDataset:
     catalog: Catalog
     metadata: dict[str, object]
     split_rows: dict[str, tuple[int, int]] = field(default_factory=dict)
+    events: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def explicit(self) -> bool:
@@ -76,26 +79,27 @@ class PreparedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the catalogue and events a model was trained on: name, counts and a checksum of the events."""
+        """Identifies the catalogue and events a model was trained on: name, counts and checksums of the events."""
         parts = (self.item_ids_E.numel(), self.num_users, len(self.catalog), self.catalog.max_item_id)
         weights = torch.arange(1, self.item_ids_E.numel() + 1, dtype=torch.int64)
-        checksum = int((self.item_ids_E * weights).sum() & 0xFFFFFFFF)
-        return f"{self.name}:{':'.join(map(str, parts))}:{checksum:08x}"
+        columns = [self.item_ids_E, *(self.events[name] for name in sorted(self.events))]
+        checksums = [f"{int((column * weights).sum() & 0xFFFFFFFF):08x}" for column in columns]
+        return ":".join([self.name, *map(str, parts), *checksums])
 
     @classmethod
-    def load(cls, data_dir: str | Path, name: str) -> PreparedDataset:
-        """Read `<data_dir>/<name>/`.
+    def load(cls, data_dir: str | Path, name: str, event_columns: Sequence[str] = ()) -> PreparedDataset:
+        """Read `<data_dir>/<name>/`, with the columns `event_columns` of the sequences, lists of an integer an event.
 
         Raises:
-            DataError: the folder is missing or incomplete, a file lacks a column, or an event refers to an item that
-                is not in the catalogue.
+            DataError: the folder is missing or incomplete, a file lacks a column, an event refers to an item that is
+                not in the catalogue, or an event column has other types or lengths than its events.
         """
         folder = Path(data_dir) / name
         metadata = _metadata(folder, name, data_dir)
         explicit = metadata.get("split") == EXPLICIT
         files = [f"sequences_{split}.parquet" for split in SPLIT_NAMES] if explicit else ["sequences.parquet"]
         _require(folder, [*files, "items.parquet"], name, data_dir)
-        tables = [_read_sequences(folder / file) for file in files]
+        tables = [_read_sequences(folder / file, event_columns) for file in files]
         ends = np.cumsum([table.num_rows for table in tables]).tolist()
         split_rows = dict(zip(SPLIT_NAMES, zip([0, *ends], ends, strict=False), strict=True)) if explicit else {}
         sequences = pa.concat_tables(tables)
@@ -105,7 +109,8 @@ class PreparedDataset:
         catalog = read_catalog(folder / "items.parquet")
         _check(name, split_rows, offsets, item_ids, ratings, timestamps, catalog)
         users = _tensor(sequences.column("user_id").to_numpy(), torch.int64)
-        return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata, split_rows)
+        events = {column: _list_column(sequences, column, torch.int64)[1] for column in event_columns}
+        return cls(name, folder, offsets, item_ids, ratings, timestamps, users, catalog, metadata, split_rows, events)
 
 
 def _require(folder: Path, files: Sequence[str], name: str, data_dir: str | Path) -> None:
@@ -133,14 +138,46 @@ def _metadata(folder: Path, name: str, data_dir: str | Path) -> dict[str, object
     return content
 
 
-def _read_sequences(path: Path) -> pa.Table:
+def _read_sequences(path: Path, event_columns: Sequence[str]) -> pa.Table:
     """`user_id` and the list columns, with the types that tables must share to be laid end to end."""
-    table = _read_columns(path, ("user_id", *_LISTS))
+    table = _read_columns(path, ("user_id", *_LISTS), event_columns)
     for column in _LISTS:
         kind = table.schema.field(column).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
             raise DataError(f"{path}, column {column}: got type {kind}, expected lists; {_AGAIN}")
-    return table.select(["user_id", *_LISTS])
+    chosen = table.select(["user_id", *_LISTS])
+    for column in event_columns:
+        chosen = chosen.append_column(column, _event_column(path, table, column))
+    return chosen
+
+
+def _event_column(path: Path, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Lists of int64 as long as the lists of items."""
+    if name not in table.column_names:
+        present = ", ".join(pq.read_schema(path).names[:20])
+        raise DataError(f"{path}: event column {name} is missing, got {present}; try one of these")
+    column = table.column(name)
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not (lists and pa.types.is_integer(kind.value_type)):
+        raise DataError(f"{path}, column {name}: got type {kind}, expected lists of integers; try another column")
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    items = pc.fill_null(pc.list_value_length(table.column("item_ids")), 0).to_numpy()
+    differs = np.flatnonzero(lengths != items)
+    if differs.size:
+        row = int(differs[0])
+        raise DataError(
+            f"{path}, row {row}: got {items[row]} values in item_ids and {lengths[row]} in {name}, expected equal; "
+            f"{differs.size} of {table.num_rows} rows differ"
+        )
+    empty = pc.list_flatten(column).null_count
+    if empty:
+        raise DataError(f"{path}, column {name}: got {empty} empty values, expected an integer for every event")
+    try:
+        return column.cast(pa.list_(pa.int64()))
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}, column {name}: cannot be read as int64: {reason}; try another column") from error
 
 
 def _read_columns(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pa.Table:

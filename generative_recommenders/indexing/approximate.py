@@ -90,8 +90,8 @@ class TwoStageTopK(MoLBruteForceTopK):
         absent[:, 1:] |= places[:, 1:] == places[:, :-1]
         places = places.clamp(min=0)
         ids = self.candidate_ids_X[places]
-        gate = None if self.items.gate is None else self.items.gate[places]
-        items = MoLItems(self.items.components[places], gate)
+        gate = None if self.items.gate is None else _rows(self.items.gate, places)
+        items = MoLItems(_rows(self.items.components, places), gate)
         scores = mol_score(own, items, self.gate, temperature=self.temperature).float()
         return scores.masked_fill(absent, _NOTHING), ids.masked_fill(absent, 0)
 
@@ -108,6 +108,12 @@ class TwoStageTopK(MoLBruteForceTopK):
             best_scores.append(top)
             best_ids.append(named)
         return torch.cat(best_scores), torch.cat(best_ids)
+
+
+def _rows(table: Tensor, places_BR: Tensor) -> Tensor:
+    """`table[places]`, several times as fast as indexing on a CPU, which copies element by element."""
+    rows = table.flatten(1).index_select(0, places_BR.flatten())
+    return rows.view(*places_BR.shape, *table.shape[1:])
 
 
 class History:

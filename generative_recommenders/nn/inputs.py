@@ -8,12 +8,13 @@ e embeds the item, r the event's rating cut to an integer (or the code of its ty
 event in the window and P has max_sequence_length + gr_output_length + 1 rows, twice that where interleaved. There is no
 padding here, hence no mask. Differences: published rated input is D + Dr wide and fits no encoder until the fork's
 W (D + Dr -> D); where tokens are interleaved, the item's token predicts nothing and the rating's token the next item,
-since both are given for every event of a history.
+since both are given for every event of a history; further columns of an event are embedded and mixed in as r is.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -39,20 +40,34 @@ class ItemFeatures(nn.Module):
 
 
 class RatedFeatures(nn.Module):
-    """W [item ; rating] + b; ratings lie in [0, num_ratings)."""
+    """W [item ; rating ; further columns of the event, by name] + b.
+
+    Ratings lie in [0, num_ratings), None leaves them out; a column's values in [0, event_columns[name]).
+    """
 
     tokens_per_event = 1
 
-    def __init__(self, num_ratings: int, rating_dim: int, dim: int) -> None:
+    def __init__(
+        self, num_ratings: int | None, rating_dim: int, dim: int, event_columns: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
-        self.rating_embedding = _rating_embedding(num_ratings, rating_dim)
-        self.mix = nn.Linear(dim + rating_dim, dim)
+        self.rating_embedding = None if num_ratings is None else _rating_embedding(num_ratings, rating_dim)
+        # Sorted: a configuration that is written and read again may list them in another order.
+        self.event_columns = sorted(event_columns or {})
+        sizes = [(event_columns or {})[name] for name in self.event_columns]
+        self.event_embeddings = nn.ModuleList(_rating_embedding(size, rating_dim) for size in sizes)
+        columns = len(sizes) + (num_ratings is not None)
+        self.mix = nn.Linear(dim + columns * rating_dim, dim)
 
     def forward(self, batch: SequenceBatch, items: ItemEmbedding) -> Tensor:
         """Unscaled features of every token, (T, D)."""
         item_TD = items.lookup(batch.item_ids_T)
-        rating_TE = self.rating_embedding(batch.ratings_T.long())
-        mixed_TD: Tensor = self.mix(torch.cat([item_TD, rating_TE], dim=1))
+        parts = [item_TD]
+        if self.rating_embedding is not None:
+            parts.append(self.rating_embedding(batch.ratings_T.long()))
+        for name, embedding in zip(self.event_columns, self.event_embeddings, strict=True):
+            parts.append(embedding(batch.events[name]))
+        mixed_TD: Tensor = self.mix(torch.cat(parts, dim=1))
         # Autocast narrows the product; positions are added at the width of the table.
         return mixed_TD.to(item_TD.dtype)
 
@@ -88,13 +103,16 @@ def interleaved(batch: SequenceBatch) -> SequenceBatch:
         next_item_ids_T=batch.next_item_ids_T.repeat_interleave(2),
         next_timestamps_T=torch.stack([batch.timestamps_T, batch.next_timestamps_T], dim=1).flatten(),
         offsets=batch.offsets * 2,
+        events={name: column.repeat_interleave(2) for name, column in batch.events.items()},
     )
 
 
-def build_features(kind: InputFeatures, num_ratings: int, rating_dim: int, dim: int) -> nn.Module:
+def build_features(
+    kind: InputFeatures, num_ratings: int, rating_dim: int, dim: int, event_columns: Mapping[str, int] | None = None
+) -> nn.Module:
     """The features of a binding's value; `interleaved` ratings are `dim` wide."""
-    if kind == "rated":
-        return RatedFeatures(num_ratings, rating_dim, dim)
+    if kind == "rated" or (kind == "item" and event_columns):
+        return RatedFeatures(num_ratings if kind == "rated" else None, rating_dim, dim, event_columns)
     return InterleavedFeatures(num_ratings, dim) if kind == "interleaved" else ItemFeatures()
 
 

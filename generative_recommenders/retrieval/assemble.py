@@ -35,7 +35,7 @@ ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
     "interaction_module_type main_module_bf16 filter_history eval_split "
-    "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings"
+    "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings event_columns"
 ).split()
 
 
@@ -101,6 +101,7 @@ class Plan:
         extras = [optimizer, "" if e.enable_tf32 else "notf32", e.eval_split, f"s{e.random_seed}"]
         extras.append(f"fe{e.full_eval_every_n}" if e.full_eval_every_n > 1 else "")
         extras.append("" if e.input_features == "item" else e.input_features)
+        extras += [f"ev{name}{number}" for name, number in sorted(e.event_columns.items())]
         extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
         return "-".join(["_".join(parts), *(x for x in extras if x)])
 
@@ -160,7 +161,11 @@ def build_model(plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None) -
     torch.manual_seed(config.random_seed)
     items = ItemEmbedding(int(catalog_X[-1]), config.item_embedding_dim)
     features = build_features(
-        config.input_features, config.num_ratings, config.rating_embedding_dim, config.item_embedding_dim
+        config.input_features,
+        config.num_ratings,
+        config.rating_embedding_dim,
+        config.item_embedding_dim,
+        config.event_columns,
     )
     encoder = plan.encoder.build(
         config.item_embedding_dim,
@@ -239,6 +244,22 @@ def require_ratings(config: RetrievalConfig, dataset: PreparedDataset) -> None:
         f"train_fn.input_features_preproc: got {config.input_features!r}, expected 'item' for this dataset: the "
         f"ratings of {count} are no number from 0 to {config.num_ratings - 1}, such as {worst:g}"
     )
+
+
+def require_events(config: RetrievalConfig, dataset: PreparedDataset) -> None:
+    """Raises ConfigError where an event column of the dataset does not fit `train_fn.event_columns`."""
+    for name, number in config.event_columns.items():
+        column = dataset.events[name]
+        wrong = (column < 0) | (column >= number)
+        if not bool(wrong.any()):
+            continue
+        count = f"{int(wrong.sum()):,} of {column.numel():,} events of {dataset.name!r}"
+        fits = int(column.min()) >= 0
+        expected = f"at least {int(column.max()) + 1} for this dataset" if fits else "a column without negative values"
+        raise ConfigError(
+            f"train_fn.event_columns: got {number} values of {name!r}, expected {expected}: {count} are not "
+            f"0 to {number - 1}, such as {int(column[wrong][0])}"
+        )
 
 
 def training_counts(dataset: PreparedDataset, held_out: int) -> Tensor:

@@ -23,6 +23,7 @@ _NOT_NEGATIVE = (
     "num_epochs num_warmup_steps weight_decay gr_output_length early_stopping_patience gradient_clip_norm "
     "checkpoint_every_n_steps"
 ).split()
+_OWN_COLUMNS = frozenset({"user_id", "item_ids", "ratings", "timestamps", "request_timestamp"})
 _ABOVE_ZERO = ("learning_rate", "temperature", "l2_norm_eps")
 
 
@@ -39,6 +40,8 @@ class RetrievalConfig:
     use_rated_input_preproc (the rating of an event, cut to an integer, or the code of its type is embedded beside its
     item), rating_embedding_dim, num_ratings (ratings are 0 to num_ratings - 1), input_features_preproc (ours: "item",
     "rated", the same as use_rated_input_preproc, or "interleaved", item and rating as two tokens; see `nn.inputs`),
+    event_columns (ours: further columns of integers, one an event, that are embedded as ratings are, by name and number
+    of values, such as {"action": 5} for 0 to 4),
     main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
 
     Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
@@ -103,6 +106,7 @@ class RetrievalConfig:
     input_features_preproc: InputFeatures = "item"
     rating_embedding_dim: int = 8
     num_ratings: int = 6
+    event_columns: dict[str, int] = field(default_factory=dict)
     gr_output_length: int = 10
     l2_norm_eps: float = 1e-6
     enable_tf32: bool = False
@@ -124,6 +128,7 @@ class RetrievalConfig:
         micro = self.eval_user_max_batch_size
         self._expect("eval_user_max_batch_size", micro is None or micro >= 1, "at least 1, or None")
         self._check_combinations()
+        self._check_event_columns()
 
     def _check_combinations(self) -> None:
         self._expect(
@@ -167,6 +172,23 @@ class RetrievalConfig:
             "early_stopping_patience",
             self.early_stopping_patience == 0 or self.eval_split == "valid",
             "0 with train_fn.eval_split = 'test': stopping on test would select on it",
+        )
+
+    def _check_event_columns(self) -> None:
+        columns = self.event_columns
+        self._expect("event_columns", all(n >= 1 for n in columns.values()), "at least 1 value of every column")
+        # Names are part of the run folder's.
+        self._expect("event_columns", all(name.isidentifier() for name in columns), "names of letters, digits and _")
+        self._expect(
+            "event_columns",
+            not columns.keys() & _OWN_COLUMNS,
+            f"other columns than {', '.join(sorted(_OWN_COLUMNS))}; "
+            "for ratings try train_fn.use_rated_input_preproc = True",
+        )
+        self._expect(
+            "event_columns",
+            not columns or self.input_features != "interleaved",
+            "{} with train_fn.input_features_preproc = 'interleaved'",
         )
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:

@@ -69,6 +69,7 @@ def history_of(dataset: PreparedDataset, user: int) -> Histories:
         timestamps=[dataset.timestamps_E[events].tolist()],
         request_timestamps=[None],
         ratings=[dataset.ratings_E[events].tolist()],
+        events={name: [column[events].tolist()] for name, column in dataset.events.items()},
     )
 
 

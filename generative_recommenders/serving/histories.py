@@ -2,8 +2,8 @@
 
 Columns: `item_ids`, a list or text such as "3186,1270" or "[3186, 1270]"; optionally `user_id` (else the row number),
 `timestamps` (the same number of integers, seconds), `ratings` (the same number of ratings or codes of event types as
-the model was trained on, for models that read them) and `request_timestamp` (the time recommendations are asked for;
-the last event's where it is missing).
+the model was trained on, for models that read them), the event columns a model reads (as many integers) and
+`request_timestamp` (the time recommendations are asked for; the last event's where it is missing).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from generative_recommenders.data.tables import TIME_LIMIT
 class Histories:
     """Parallel lists over users; raw item ids are strings, oldest first.
 
-    `named` tells whether `user_ids` are raw ids of users, and not the numbers of the rows.
+    `named` tells whether `user_ids` are raw ids of users, and not the numbers of the rows. `events` are further columns
+    of the events by name.
     """
 
     user_ids: list[str]
@@ -34,6 +36,7 @@ class Histories:
     request_timestamps: list[int | None]
     ratings: list[list[float]] | None = None
     named: bool = True
+    events: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_ids)
@@ -64,8 +67,8 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_histories(path: Path) -> Histories:
-    """Parse a file of histories.
+def read_histories(path: Path, event_columns: Iterable[str] = ()) -> Histories:
+    """Parse a file of histories, with those of the columns `event_columns` that it has.
 
     Raises:
         DataError: naming file, row and column.
@@ -82,6 +85,11 @@ def read_histories(path: Path) -> Histories:
     if "ratings" in table.columns:
         given = _parallel(table, "ratings", items, path)
         ratings = [[_number(v, path, row, "ratings") for v in values] for row, values in enumerate(given)]
+    events = {}
+    for name in event_columns:
+        if name in table.columns:
+            codes = _parallel(table, name, items, path)
+            events[name] = [[_code(v, path, row, name) for v in values] for row, values in enumerate(codes)]
     requests: list[int | None] = [None] * len(items)
     if "request_timestamp" in table.columns:
         column = "request_timestamp"
@@ -89,7 +97,7 @@ def read_histories(path: Path) -> Histories:
     users = (
         table["user_id"].map(_raw_id).tolist() if "user_id" in table.columns else [str(i) for i in range(len(items))]
     )
-    return Histories(users, items, times, requests, ratings, named="user_id" in table.columns)
+    return Histories(users, items, times, requests, ratings, named="user_id" in table.columns, events=events)
 
 
 def _parallel(table: pd.DataFrame, column: str, items: list[list[str]], path: Path) -> list[list[str]]:
@@ -137,6 +145,13 @@ def _number(value: str, path: Path, row: int, column: str) -> float:
     if not math.isfinite(number):
         raise DataError(f"{path}: row {row + 1}, {column}: got {value[:40]!r}, expected a number")
     return number
+
+
+def _code(value: str, path: Path, row: int, column: str) -> int:
+    number = _number(value, path, row, column)
+    if not number.is_integer():
+        raise DataError(f"{path}: row {row + 1}, {column}: got {value[:40]!r}, expected an integer")
+    return int(number)
 
 
 def _integer(value: Any, path: Path, row: int, column: str) -> int:

@@ -36,6 +36,7 @@ class _Row(NamedTuple):
     timestamps: Tensor
     ratings: Tensor
     request: int
+    events: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Recommender:
     """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids.
 
     `filter_history` is the configuration's: whether what a user has already seen is left out. `num_ratings` is None
-    where the model reads no ratings; else those of a history must be 0 to `num_ratings - 1`. `users` are the numbers of
-    the users that a model with user features was trained on; anybody else is unknown to it.
+    where the model reads no ratings; else those of a history must be 0 to `num_ratings - 1`. `event_columns` are the
+    further columns that the model reads and their numbers of values. `users` are the numbers of the users that a model
+    with user features was trained on; anybody else is unknown to it.
     """
 
     model: RetrievalModel
@@ -54,6 +56,7 @@ class Recommender:
     filter_history: bool
     num_ratings: int | None = None
     users: Mapping[str, int] = field(default_factory=dict)
+    event_columns: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_checkpoint(
@@ -74,7 +77,8 @@ class Recommender:
         reads_ratings = plan.experiment.input_features != "item"
         num_ratings = plan.experiment.num_ratings if reads_ratings else None
         users = read_users(checkpoint.path / USERS_FILE)
-        return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users)
+        columns = plan.experiment.event_columns
+        return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users, columns)
 
     @torch.inference_mode()
     def recommend(self, histories: Histories, k: int, *, filter_history: bool | None = None) -> pd.DataFrame:
@@ -85,11 +89,13 @@ class Recommender:
         counted in the log; a user without any known item gets no rows, since there is nothing to condition on.
 
         Raises:
-            DataError: no user has a known item, k < 1, or the model reads ratings and the histories have none that fit.
+            DataError: no user has a known item, k < 1, or the model reads ratings or event columns and the
+                histories have none that fit.
         """
         if k < 1:
             raise DataError(f"--top_k: got {k}, expected at least 1")
         ratings = self._ratings(histories)
+        self._check_events(histories)
         number = {raw: int(i) for raw, i in zip(self.catalog.raw_ids, self.catalog.item_ids.tolist(), strict=True)}
         known = [[(n, i) for n, raw in enumerate(ids) if (i := number.get(raw))] for ids in histories.raw_item_ids]
         dropped = sum(len(ids) - len(kept) for ids, kept in zip(histories.raw_item_ids, known, strict=True))
@@ -111,7 +117,13 @@ class Recommender:
         for first in range(0, len(users), _BATCH):
             chosen = users[first : first + _BATCH]
             rows = [
-                self._row(known[u], histories.timestamps[u], histories.request_timestamps[u], ratings[u])
+                self._row(
+                    known[u],
+                    histories.timestamps[u],
+                    histories.request_timestamps[u],
+                    ratings[u],
+                    {name: histories.events[name][u] for name in self.event_columns},
+                )
                 for u in chosen
             ]
             seen = [torch.tensor([item for _, item in known[u]]) for u in chosen] if filtered else None
@@ -136,15 +148,34 @@ class Recommender:
                 raise DataError(f"histories: user {user!r}: got rating {wrong:g}, expected {expected}")
         return histories.ratings
 
+    def _check_events(self, histories: Histories) -> None:
+        for name, number in self.event_columns.items():
+            expected = f"0 to {number - 1}"
+            if name not in histories.events:
+                raise DataError(
+                    f"histories: got no {name}, expected the {name} of every event, which this model reads; "
+                    f"try a column {name} with integers from {expected}"
+                )
+            for user, codes in zip(histories.user_ids, histories.events[name], strict=True):
+                wrong = next((code for code in codes if not 0 <= code < number), None)
+                if wrong is not None:
+                    raise DataError(f"histories: user {user!r}: got {name} {wrong}, expected {expected}")
+
     def _row(
-        self, kept: list[tuple[int, int]], times: list[int] | None, request: int | None, ratings: list[float] | None
+        self,
+        kept: list[tuple[int, int]],
+        times: list[int] | None,
+        request: int | None,
+        ratings: list[float] | None,
+        events: dict[str, list[int]],
     ) -> _Row:
         """The window of a user whose known items are `kept`, by place in the history and id."""
         window = kept[-self.max_sequence_length :]
         ids = torch.tensor([i for _, i in window])
         stamps = torch.tensor([times[n] for n, _ in window] if times is not None else [0] * len(window))
         marks = torch.tensor([ratings[n] for n, _ in window]) if ratings is not None else torch.zeros(len(window))
-        return _Row(ids, stamps, marks, int(stamps[-1]) if request is None else request)
+        columns = {name: torch.tensor([codes[n] for n, _ in window]) for name, codes in events.items()}
+        return _Row(ids, stamps, marks, int(stamps[-1]) if request is None else request, columns)
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         top_k = self.model.top_k()
@@ -189,6 +220,7 @@ def _batch(rows: list[_Row], users: list[int]) -> SequenceBatch:
         target_ratings_B=nobody.float(),
         target_timestamps_B=next_times[offsets[1:] - 1],
         row_numbers_B=torch.arange(len(rows)),
+        events={name: torch.cat([r.events[name] for r in rows]) for name in rows[0].events},
     )
 
 

@@ -26,6 +26,7 @@ from generative_recommenders.retrieval.assemble import (
     build_model,
     checked_top_k_method,
     evaluation_loader,
+    require_events,
     require_ratings,
     training_counts,
     training_loader,
@@ -65,8 +66,10 @@ class RetrievalExperiment:
             )
         self.places = places
         self.runtime = runtime
-        self.dataset = PreparedDataset.load(places.data_dir, self.plan.experiment.dataset_name)
-        require_ratings(self.plan.experiment, self.dataset)
+        e = self.plan.experiment
+        self.dataset = PreparedDataset.load(places.data_dir, e.dataset_name, sorted(e.event_columns))
+        require_ratings(e, self.dataset)
+        require_events(e, self.dataset)
         self.splits = Splits.of(self.plan.experiment, self.dataset)
         _configure_precision(self.plan.experiment.enable_tf32)
 
