@@ -6,14 +6,18 @@
 Random weights say nothing about recall, so the synthetic corpus is learned: items are 50-d vectors around 2,000 random
 centers, a query is the vector of an item plus noise and its positive is that item. A module of the published
 MovieLens-1M size (8 x 4 x 64) learns to rank the positive above 127 random items, 300 steps of 256 queries. Queries
-that are timed are drawn anew. `naive` is the evaluation of the public code: all items projected and all (B, X, P)
-logits in memory, for every batch. Times are medians; the methods take turns.
+that are timed are drawn anew. No interaction data enters: figures of a trained run come from --checkpoint.
+
+Recall is the mean share of the exact k best items that a method lists among its k best; 100 are asked for. `scored` is
+the full scores a query takes, each of another pair; index_mb what a method holds beside the projected items, once for
+all queries. Times are of one batch of queries, projected within, after a turn to warm up; the methods take turns.
+`naive` is the evaluation of the public code: all items projected and all (B, X, P) logits in memory, for every batch.
+It takes several GB at 100,000 items. Rows go to topk.csv, and recall@100 against time is drawn beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -26,18 +30,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.harness import RESULTS
-from benchmarks.measuring import Row, append, provenance
-from generative_recommenders.indexing.approximate import top_k_by_name
+from benchmarks.measuring import Row, append, percentiles, provenance
+from generative_recommenders.errors import UserError, run_cli
+from generative_recommenders.indexing.approximate import TwoStageTopK, lacks_faiss, top_k_by_name
+from generative_recommenders.indexing.mol import MoLBruteForceTopK
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.similarity.mol import MoL, MoLConfig
 from ops.mol_score import MoLItems, MoLQueries, mol_topk
 
 DIM, CENTERS, DEEPEST = 50, 2_000, 100
 PUBLISHED = MoLConfig(8 * 8, 8, 4, 0.05, 0.0, 512, 0.0, -1, 128, 128, 128, 0.0, query_nonlinearity="swiglu")
+EXACT, NAIVE = "MoLBruteForceTopK", "naive"
 METHODS = (
     "MoLNaiveTopK5 MoLNaiveTopK10 MoLNaiveTopK50 MoLNaiveTopK100 MoLNaiveFaissTopK5 MoLAvgTopK200 MoLAvgTopK500 "
-    "MoLAvgTopK1000 MoLAvgTopK2000 MoLAvgTopK4000 MoLCombTopK5_200 MoLCombTopK10_500 MoLCombTopK50_500 "
-    "MoLHIndexerTopK500 MoLHIndexerTopK1000 MoLHIndexerTopK2000"
+    "MoLAvgTopK1000 MoLAvgTopK2000 MoLAvgTopK4000 MoLAvgTopK6000 MoLCombTopK5_200 MoLCombTopK10_500 MoLCombTopK50_500 "
+    "MoLHIndexerTopK500 MoLHIndexerTopK1000 MoLHIndexerTopK2000 MoLHIndexerTopK4000 MoLFittedTopK200 MoLFittedTopK300 "
+    f"MoLFittedTopK500 MoLFittedTopK1000 {NAIVE}"
 ).split()
 
 
@@ -102,7 +110,8 @@ def of_checkpoint(path: Path, data_dir: Path, batch: int, batches: int) -> Corpu
     checkpoint.load_model(model, "cpu")
     model.eval()
     if not isinstance(model.similarity, MoL):
-        raise SystemExit(f"{path}: got a model with {type(model.similarity).__name__}, expected Mixture of Logits")
+        got = type(model.similarity).__name__
+        raise UserError(f"{path}: got a model with {got}, expected Mixture of Logits; try another run")
     split = Splits.of(plan.experiment, dataset).test
     table = model.items.table.detach()[model.catalog_X]
     table = l2_normalize(table, model.l2_norm_eps) if model.item_l2_norm else table
@@ -138,35 +147,57 @@ def recall(found_BK: Tensor, exact_BK: Tensor, k: int) -> float:
     return float(hits.double().mean())
 
 
+def scored(module: MoLBruteForceTopK, corpus: Corpus) -> float:
+    """Full scores a query of the first batch takes, on average."""
+    if not isinstance(module, TwoStageTopK):
+        return float(len(module))
+    queries = corpus.queries(0)
+    listed = module(queries, len(module))[1]
+    return float((listed > 0).sum(1).double().mean()) + module.sampled(queries)
+
+
 @torch.inference_mode()
 def measure(corpus: Corpus, methods: list[str], repeats: int) -> list[Row]:
     gate, temperature = corpus.similarity.pair_gate(), corpus.similarity.config.temperature
     items = corpus.items()
-    names = ["MoLBruteForceTopK", *methods]
-    modules = {name: top_k_by_name(name)(items, gate, temperature, corpus.ids_X) for name in names}
-    runs = {name: lambda b, m=module: m(corpus.queries(b), DEEPEST)[1] for name, module in modules.items()}
-    runs["naive"] = lambda b: naive(corpus, b)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    found: dict[str, list[Tensor]] = {name: [] for name in runs}
-    for b in range(min(repeats, len(corpus.batches)) + 1):
-        for name, run in runs.items():
+    names = dict.fromkeys([EXACT, *methods])
+    modules = {n: top_k_by_name(n)(items, gate, temperature, corpus.ids_X) for n in names if n != NAIVE}
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    # The first turn warms up.
+    for turn in range(repeats + 1):
+        batch = turn % len(corpus.batches)
+        for name in names:
             started = time.perf_counter()
-            ids = run(b % len(corpus.batches))
-            if b:  # The first turn warms up.
-                seconds[name].append(time.perf_counter() - started)
-                found[name].append(ids)
-    exact = torch.cat(found["MoLBruteForceTopK"])
-    base = statistics.median(seconds["MoLBruteForceTopK"])
+            ids = naive(corpus, batch) if name == NAIVE else modules[name](corpus.queries(batch), DEEPEST)[1]
+            milliseconds[name].append(1e3 * (time.perf_counter() - started))
+            found[name].append(ids)
+    exact = torch.cat(found[EXACT][1:])
     rows: list[Row] = []
-    for name in runs:
-        took, ids = statistics.median(seconds[name]), torch.cat(found[name])
+    for name in names:
         row: Row = {"corpus": corpus.name, "items": len(corpus.ids_X), "batch": len(corpus.batches[0][0])}
-        row |= {"method": name, "ms": took * 1e3, "times_faster_than_exact": base / took}
-        row |= {f"recall@{k}": recall(ids, exact, k) for k in (1, 10, 100)}
-        held = {t.data_ptr(): t for t in vars(modules.get(name, object.__new__(Corpus))).values() if torch.is_tensor(t)}
-        row["index_mb"] = sum(t.numel() * t.element_size() for t in held.values()) / 1e6
+        row |= {"method": name, "repeats": repeats} | percentiles("batch", milliseconds[name][1:])
+        row["times_faster_than_exact"] = (rows[0]["batch_ms"] if rows else row["batch_ms"]) / row["batch_ms"]
+        row |= {f"recall@{k}": recall(torch.cat(found[name][1:]), exact, k) for k in (1, 10, 100)}
+        if name != NAIVE:
+            row |= {"scored": scored(modules[name], corpus), "index_mb": modules[name].index_bytes() / 1e6}
         rows.append(row)
     return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'method':22} {'ms':>9} {'faster':>8} {'@1':>6} {'@10':>6} {'@100':>6} {'scored':>8} {'index MB':>8}"]
+    for row in rows:
+        recalls = " ".join(f"{row[f'recall@{k}']:6.3f}" for k in (1, 10, 100))
+        held = f"{row['scored']:8.0f} {row['index_mb']:8.0f}" if "scored" in row else ""
+        lines.append(
+            f"{row['method']:22} {row['batch_ms']:9.1f} {row['times_faster_than_exact']:7.1f}x {recalls} {held}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _family(row: Row) -> str:
+    return str(row["method"]).rstrip("0123456789_")
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -177,19 +208,40 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for row in rows:
-        if row["method"] == "naive":
-            continue
-        label = str(row["method"]).removeprefix("MoL").replace("TopK", " ").replace("BruteForce ", "exact")
-        axes.scatter(row["ms"], row["recall@100"], color="black" if label == "exact" else "tab:blue")
-        axes.annotate(label, (row["ms"], row["recall@100"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    points = [row for row in rows if row["method"] != NAIVE]
+    for family in dict.fromkeys(_family(row) for row in points):
+        own = [row for row in points if _family(row) == family]
+        (line,) = axes.plot([r["batch_ms"] for r in own], [r["recall@100"] for r in own], "o-", lw=0.8, label=family)
+        for row in own:
+            size = str(row["method"]).removeprefix(family)
+            at, color = (row["batch_ms"], row["recall@100"]), line.get_color()
+            axes.annotate(size, at, xytext=(4, -11), textcoords="offset points", fontsize=8, color=color)
+    axes.legend(fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel(f"milliseconds for {rows[0]['batch']} queries")
     axes.set_ylabel("recall@100 against exact")
     axes.set_title(f"Top-k under Mixture of Logits, {rows[0]['corpus']} ({rows[0]['items']:,} items)")
     axes.grid(alpha=0.3)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def runnable(names: str) -> list[str]:
+    """The methods named, less those this machine lacks a library for; raises UserError for an unknown one."""
+    methods = []
+    for name in filter(None, names.split(",")):
+        if name != NAIVE:
+            try:
+                top_k_by_name(name)
+            except ValueError as error:
+                raise UserError(f"--methods: {error}, or {NAIVE}") from None
+        if lacks_faiss(name):
+            sys.stderr.write(f"{name}: left out, FAISS is not installed; try pip install faiss-cpu\n")
+        else:
+            methods.append(name)
+    return methods
 
 
 def main() -> int:
@@ -201,24 +253,30 @@ def main() -> int:
     add("--batch", type=int, default=32)
     add("--repeats", type=int, default=5)
     add("--steps", type=int, default=300, help="of learning the synthetic corpus")
-    add("--seed", type=int, default=0)
-    add("--methods", default=",".join(METHODS))
+    add("--seed", type=int, default=3, help="not 0, on which the fitted method was tuned")
+    add("--methods", default=",".join(METHODS), help="separated by commas; default: %(default)s")
+    add("--results", type=Path, default=RESULTS, help="folder of the csv file and the figure")
     arguments = parser.parse_args()
+    methods = runnable(arguments.methods)
+    for name, least in {"items": DEEPEST, "batch": 1, "repeats": 1, "steps": 1}.items():
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}: got {getattr(arguments, name)}, expected at least {least}; try {least}")
     batches = arguments.repeats + 1
     if arguments.checkpoint is not None:
         corpus = of_checkpoint(arguments.checkpoint, arguments.data_dir, arguments.batch, batches)
+        figure = f"topk-{corpus.name}.png"
     else:
         corpus = synthetic(arguments.items, arguments.batch, batches, arguments.steps, arguments.seed)
-    rows = measure(corpus, [name for name in arguments.methods.split(",") if name], arguments.repeats)
-    for row in rows:
-        figures = " ".join(f"{k} {row[k]:.3f}" for k in ("recall@1", "recall@10", "recall@100"))
-        faster = f"{row['times_faster_than_exact']:7.1f}x"
-        sys.stdout.write(f"{row['method']:22} {row['ms']:9.1f} ms {faster} {figures} {row['index_mb']:.0f} MB\n")
+        figure = "topk.png"
+    rows = measure(corpus, methods, arguments.repeats)
+    sys.stdout.write(table(rows) + "\n")
     about = provenance(torch.device("cpu")) | {"seed": arguments.seed}
-    append(RESULTS / "topk.csv", [row | about for row in rows])
-    draw(rows, RESULTS / f"topk-{corpus.name}.png")
+    if arguments.checkpoint is None:
+        about["steps"] = arguments.steps
+    append(arguments.results / "topk.csv", [row | about for row in rows])
+    draw(rows, arguments.results / figure)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

@@ -8,6 +8,7 @@ From "Retrieval with Learned Similarities" (arXiv 2407.15462), section 4, as its
     MoLNaiveFaissTopK{k}  as the first, each search by an inverted file of FAISS (pip install faiss-cpu)
     MoLHIndexerTopK{m}    about m items above a threshold that a sample of the items sets, nothing sorted: the first
                           stage of "Revisiting Neural Retrieval on Accelerators" (arXiv 2306.04039), section 4.2
+    MoLFittedTopK{m}      the m best by a sum of the products with weights fitted to each query: ours, not published
 
 A module knows only what its first stage keeps: a target left out there is a miss. Items of the history do not count
 among the k or m of the first stage, so that a list depends on its own query and history alone. The public code scores
@@ -27,16 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.indexing.exact import seen_of, slices
 from generative_recommenders.indexing.mol import MoLBruteForceTopK, no_seen, query_rows
 from ops.mol_score import MoLItems, MoLQueries, mol_score
 
 _NOTHING = -torch.inf
-_SAMPLE = 4096
-# Numbers that the gathered components of the candidates may hold: 64 MB in fp32.
+# Numbers that the products of a first stage, or the gathered components of candidates, may hold: 64 MB in fp32.
 _BLOCK_NUMBERS = 1 << 24
-_SLACK = 1.25
-_SPARE = 64
+# A threshold is a sample's value with about this many above it: their number is then right to about an eighth.
+_SAMPLED_ABOVE = 64
+_SLACK, _SPARE = 1.5, 64
+# Items a weight that its fit is drawn from, and the pull towards 0 as a share of a product's variance.
+# Of the fit, chosen on the synthetic corpus of benchmarks/e2e/topk.py with seed 0; measure with another.
+_ITEMS_A_WEIGHT, _RIDGE = 8, 0.01
 
 
 class TwoStageTopK(MoLBruteForceTopK):
@@ -52,7 +57,7 @@ class TwoStageTopK(MoLBruteForceTopK):
         count = len(queries.components)
         if seen_offsets is None or seen_ids is None:
             seen_offsets, seen_ids = no_seen(count, queries.components.device)
-        found = [self._rescored(queries, rows, seen_offsets, seen_ids) for rows in self._row_blocks(count)]
+        found = [self._rescored(queries, rows, seen_offsets, seen_ids) for rows in self._row_blocks(queries)]
         return self._padded(found, k)
 
     def rank_of_target(
@@ -61,7 +66,7 @@ class TwoStageTopK(MoLBruteForceTopK):
         ranks = []
         seen = (seen_offsets, seen_ids)
         nobody = no_seen(len(queries.components), targets_B.device)
-        for rows in self._row_blocks(len(queries.components)):
+        for rows in self._row_blocks(queries):
             scores, ids = self._rescored(queries, rows, *(seen if filter_history else nobody))
             is_target = (ids == targets_B[rows, None]) & (scores > _NOTHING)
             own = torch.where(is_target, scores, _NOTHING).amax(1, keepdim=True)
@@ -70,30 +75,49 @@ class TwoStageTopK(MoLBruteForceTopK):
             ranks.append(torch.where(is_target.any(1), before.sum(1) + 1, 0))
         return torch.cat(ranks)
 
-    def _row_blocks(self, count: int) -> list[slice]:
-        width = self.items.components[0].numel() if len(self.items.components) else 1
-        fitting = max(1, _BLOCK_NUMBERS // max(1, self.expected_candidates() * width))
-        return slices(count, min(fitting, self.max_rows or fitting))
+    def _row_blocks(self, queries: MoLQueries) -> list[slice]:
+        fitting = max(1, _BLOCK_NUMBERS // max(1, self.products(queries) * len(self)))
+        return slices(len(queries.components), min(fitting, self.max_rows or fitting))
 
-    @abstractmethod
-    def expected_candidates(self) -> int:
-        """About how many candidates a query has, duplicates included."""
+    def products(self, queries: MoLQueries) -> int:
+        """Dot products of a query with an item that the first stage holds at a time."""
+        return 1
+
+    def sampled(self, queries: MoLQueries) -> int:
+        """Items of which a query takes the full score to choose its candidates."""
+        return 0
 
     def _rescored(
         self, queries: MoLQueries, rows: slice, seen_offsets: Tensor, seen_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scores and ids (b, R) of the distinct unseen candidates; -inf and id 0 elsewhere."""
         own = query_rows(queries, rows)
+        if not len(self) or not len(own.components):
+            ids = self.candidate_ids_X.new_zeros(len(own.components), 1)
+            return torch.full_like(ids, _NOTHING, dtype=torch.float32), ids
         history = History(*seen_of(rows, seen_offsets, seen_ids), self.candidate_ids_X)
         places = self.candidates(own, history).sort(dim=1).values
         absent = places < 0
         absent[:, 1:] |= places[:, 1:] == places[:, :-1]
         places = places.clamp(min=0)
         ids = self.candidate_ids_X[places]
-        gate = None if self.items.gate is None else _rows(self.items.gate, places)
-        items = MoLItems(_rows(self.items.components, places), gate)
-        scores = mol_score(own, items, self.gate, temperature=self.temperature).float()
-        return scores.masked_fill(absent, _NOTHING), ids.masked_fill(absent, 0)
+        return self._scores(own, places).masked_fill(absent, _NOTHING), ids.masked_fill(absent, 0)
+
+    def _scores(self, queries: MoLQueries, places_BR: Tensor) -> Tensor:
+        """Full scores (B, R) of each query's own items, not rounded to a half precision of the queries."""
+        dtype = torch.promote_types(queries.components.dtype, torch.float32)
+        queries = MoLQueries(queries.components.to(dtype), None if queries.gate is None else queries.gate.to(dtype))
+        width = self.items.components[0].numel()
+        fitting = max(1, _BLOCK_NUMBERS // max(1, places_BR.shape[1] * width))
+        parts = [
+            mol_score(query_rows(queries, rows), self._items(places_BR[rows]), self.gate, temperature=self.temperature)
+            for rows in slices(len(places_BR), fitting)
+        ]
+        return torch.cat(parts)
+
+    def _items(self, places_BR: Tensor) -> MoLItems:
+        gate = None if self.items.gate is None else _rows(self.items.gate, places_BR)
+        return MoLItems(_rows(self.items.components, places_BR), gate)
 
     def _padded(self, found: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
         best_scores, best_ids = [], []
@@ -164,37 +188,45 @@ class MoLNaiveTopK(TwoStageTopK):
     def __init__(self, *arguments: Any, k_g: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.k_g = k_g
-        # (P_X, X, D_P): a search reads one component of all items.
-        self._by_component = self.items.components.transpose(0, 1).contiguous()
 
     def candidates(self, queries: MoLQueries, history: History) -> Tensor:
         batch, width, _ = queries.components.shape
-        flat = queries.components.flatten(0, 1).to(self._by_component.dtype)
+        flat = queries.components.flatten(0, 1).to(self.items.components.dtype)
         each = history.repeated(width)
         found = [
             each.first_unseen(self._search(component, flat, self.k_g + history.longest), self.k_g)
-            for component in range(len(self._by_component))
+            for component in range(self.items.components.shape[1])
         ]
         return torch.cat([places.view(batch, width * places.shape[1]) for places in found], dim=1)
 
     def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
-        return _best_places(queries_QD, self._by_component[component], k)
+        return _best_places(queries_QD, self.items.components[:, component], k)
 
-    def expected_candidates(self) -> int:
-        p_q = self.items.gate.shape[1] // self.items.components.shape[1] if self.items.gate is not None else 8
-        return max(self.k_g * len(self._by_component) * p_q, len(self) // 8)
+    def products(self, queries: MoLQueries) -> int:
+        return queries.components.shape[1]
 
 
 class MoLNaiveFaissTopK(MoLNaiveTopK):
-    """The same with one inverted-file index of FAISS an item component: `nlist` cells, `nprobe` of them searched."""
+    """The same with one inverted-file index of FAISS an item component: `nlist` cells, `nprobe` of them searched.
+
+    Raises UserError where FAISS is not installed.
+    """
 
     def __init__(self, *arguments: Any, k_g: int, nlist: int = 100, nprobe: int = 8, **options: Any) -> None:
         super().__init__(*arguments, k_g=k_g, **options)
-        faiss = importlib.import_module("faiss")
+        try:
+            faiss = importlib.import_module("faiss")
+        except ImportError:
+            raise UserError(
+                "MoLNaiveFaissTopK: got no FAISS, expected it installed; try pip install faiss-cpu"
+            ) from None
         self._indexes = []
-        for vectors in self._by_component.float().cpu():
+        for component in range(self.items.components.shape[1] if len(self) else 0):
+            vectors = self.items.components[:, component].float().cpu().contiguous()
             width, cells = vectors.shape[1], max(1, min(nlist, len(vectors) // 40))
             index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, faiss.METRIC_INNER_PRODUCT)
+            # A small catalogue has few items a cell, of which FAISS would warn.
+            index.cp.min_points_per_centroid = 1
             index.train(vectors.numpy())
             index.add(vectors.numpy())
             index.nprobe = min(nprobe, cells)
@@ -203,6 +235,10 @@ class MoLNaiveFaissTopK(MoLNaiveTopK):
     def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
         _, places = self._indexes[component].search(queries_QD.float().cpu().numpy(), min(k, len(self)))
         return torch.from_numpy(places).to(queries_QD.device)
+
+    def index_bytes(self) -> int:
+        """Vectors in fp32 and a number of eight bytes for each."""
+        return sum(index.ntotal * (4 * index.d + 8) for index in self._indexes)
 
 
 class MoLAvgTopK(TwoStageTopK):
@@ -220,8 +256,8 @@ class MoLAvgTopK(TwoStageTopK):
     def _sums(self, queries: MoLQueries) -> Tensor:
         return queries.components.sum(dim=1).to(self._means_XD.dtype)
 
-    def expected_candidates(self) -> int:
-        return max(self.m, len(self) // 8)
+    def index_bytes(self) -> int:
+        return self._means_XD.numel() * self._means_XD.element_size()
 
 
 class MoLHIndexerTopK(MoLAvgTopK):
@@ -230,20 +266,54 @@ class MoLHIndexerTopK(MoLAvgTopK):
     def candidates(self, queries: MoLQueries, history: History) -> Tensor:
         products_BX = self._sums(queries) @ self._means_XD.T
         count = len(self)
-        sample, _ = products_BX[:, :: max(1, count // _SAMPLE)].sort(dim=1, descending=True)
-        wanted_B1 = (self.m + history.lengths_B[:, None]).clamp(max=count)
+        sample = products_BX[:, :: max(1, min(self.m, count) // _SAMPLED_ABOVE)]
+        wanted_B = (self.m + history.lengths_B).clamp(max=count)
         # The sample's share of what is wanted, and one more, as too few cannot be made up for later.
-        place_B1 = (wanted_B1 * sample.shape[1] // count + 1).clamp(max=sample.shape[1] - 1)
-        threshold_B1 = sample.gather(1, place_B1)
-        above = products_BX >= threshold_B1
+        place_B = (wanted_B * sample.shape[1] // count + 1).clamp(max=sample.shape[1] - 1)
+        best = torch.topk(sample, int(place_B.max()) + 1, dim=1).values
+        rows, places = (products_BX >= best.gather(1, place_B[:, None])).nonzero(as_tuple=True)
+        above_B = torch.bincount(rows, minlength=len(products_BX))
+        column = torch.arange(len(rows), device=rows.device) - (above_B.cumsum(0) - above_B)[rows]
         # A threshold lets a little more through than is wanted; what is beyond the limit is dropped unsorted.
-        limit_B1 = (wanted_B1.double() * _SLACK).long() + _SPARE
-        column = above.cumsum(1) - 1
-        rows, places = (above & (column < limit_B1)).nonzero(as_tuple=True)
-        width = min(count, int(limit_B1.max()))
+        limit_B = (wanted_B.double() * _SLACK).long() + _SPARE
+        kept = column < limit_B[rows]
+        width = int(torch.minimum(above_B, limit_B).max())
         found = torch.full((len(products_BX), width), -1, dtype=torch.int64, device=products_BX.device)
-        found[rows, column[rows, places]] = places
+        found[rows[kept], column[kept]] = places[kept]
         return torch.where(history.holds(found), -1, found)
+
+
+class MoLFittedTopK(MoLAvgTopK):
+    """The `m` best by a weighted sum of all products of components, fitted to each query's full scores.
+
+    Near the top of one query's list the mixture weights change little, so that the score is nearly linear in the
+    products: the weights are found by ridge regression over the best items of `MoLAvgTopK`, and turn the query into one
+    vector of all item components.
+    """
+
+    def candidates(self, queries: MoLQueries, history: History) -> Tensor:
+        components = self.items.components
+        near_BN = _best_places(self._sums(queries), self._means_XD, self.sampled(queries))
+        q = queries.components.float()
+        products = torch.einsum("bqd,bnxd->bnqx", q, _rows(components, near_BN).float())
+        weights_BP = _ridge(products.flatten(2), self._scores(queries, near_BN).float())
+        vectors = torch.einsum("bqx,bqd->bxd", weights_BP.view(len(q), *products.shape[2:]), q).flatten(1)
+        places = _best_places(vectors.to(components.dtype), components.flatten(1), self.m + history.longest)
+        return history.first_unseen(places, self.m)
+
+    def sampled(self, queries: MoLQueries) -> int:
+        return min(_ITEMS_A_WEIGHT * queries.components.shape[1] * self.items.components.shape[1], len(self))
+
+
+def _ridge(inputs_BNP: Tensor, outputs_BN: Tensor) -> Tensor:
+    """Weights (B, P) of each row's linear fit of the outputs, beside a constant."""
+    inputs_BNP = inputs_BNP - inputs_BNP.mean(1, keepdim=True)
+    outputs_BN = outputs_BN - outputs_BN.mean(1, keepdim=True)
+    squares_BPP = inputs_BNP.mT @ inputs_BNP
+    diagonal_BP = squares_BPP.diagonal(dim1=1, dim2=2)
+    pull_B1 = _RIDGE * diagonal_BP.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    squares_BPP = squares_BPP + torch.diag_embed(pull_B1.expand_as(diagonal_BP))
+    return torch.linalg.solve(squares_BPP, torch.einsum("bnp,bn->bp", inputs_BNP, outputs_BN))
 
 
 class MoLCombTopK(TwoStageTopK):
@@ -256,8 +326,11 @@ class MoLCombTopK(TwoStageTopK):
     def candidates(self, queries: MoLQueries, history: History) -> Tensor:
         return torch.cat([stage.candidates(queries, history) for stage in self._stages], dim=1)
 
-    def expected_candidates(self) -> int:
-        return sum(stage.expected_candidates() for stage in self._stages)
+    def products(self, queries: MoLQueries) -> int:
+        return max(stage.products(queries) for stage in self._stages)
+
+    def index_bytes(self) -> int:
+        return sum(stage.index_bytes() for stage in self._stages)
 
 
 _PATTERNS: dict[str, Callable[..., MoLBruteForceTopK]] = {
@@ -267,9 +340,11 @@ _PATTERNS: dict[str, Callable[..., MoLBruteForceTopK]] = {
     r"MoLAvgTopK(?P<m>[1-9]\d*)": MoLAvgTopK,
     r"MoLCombTopK(?P<k_g>[1-9]\d*)_(?P<m>[1-9]\d*)": MoLCombTopK,
     r"MoLHIndexerTopK(?P<m>[1-9]\d*)": MoLHIndexerTopK,
+    r"MoLFittedTopK(?P<m>[1-9]\d*)": MoLFittedTopK,
 }
 MOL_TOP_K_NAMES = (
-    "MoLBruteForceTopK, MoLNaiveTopK{k}, MoLNaiveFaissTopK{k}, MoLAvgTopK{m}, MoLCombTopK{k}_{m} or MoLHIndexerTopK{m}"
+    "MoLBruteForceTopK, MoLNaiveTopK{k}, MoLNaiveFaissTopK{k}, MoLAvgTopK{m}, MoLCombTopK{k}_{m}, MoLHIndexerTopK{m} "
+    "or MoLFittedTopK{m}"
 )
 
 

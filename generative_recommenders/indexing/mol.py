@@ -39,6 +39,10 @@ class MoLBruteForceTopK:
     def __len__(self) -> int:
         return self.candidate_ids_X.numel()
 
+    def index_bytes(self) -> int:
+        """Memory that is held beside the items themselves."""
+        return 0
+
     def __call__(
         self, queries: MoLQueries, k: int, seen_offsets: Tensor | None = None, seen_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,30 @@
 """Top-k under Mixture of Logits: the exact module against all scores, the two-stage ones against the exact one."""
 
+import importlib
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.indexing.approximate import MOL_TOP_K_NAMES, is_mol_top_k, top_k_by_name
 from generative_recommenders.indexing.mol import MoLBruteForceTopK
 from ops.mol_score import MoLGate, MoLItems, MoLQueries, mol_score
 
 ITEMS, QUERIES, P_Q, P_X, WIDTH = 37, 7, 3, 2, 5
 FAISS = importlib.util.find_spec("faiss") is not None
-TWO_STAGE = ["MoLNaiveTopK3", "MoLAvgTopK6", "MoLCombTopK2_4", "MoLHIndexerTopK6"]
+TWO_STAGE = ["MoLNaiveTopK3", "MoLAvgTopK6", "MoLCombTopK2_4", "MoLHIndexerTopK6", "MoLFittedTopK6"]
 # First stages that leave nothing out.
-COMPLETE = ["MoLNaiveTopK37", "MoLAvgTopK37", "MoLCombTopK1_37", "MoLHIndexerTopK100", "MoLNaiveTopK1000"]
+COMPLETE = [
+    "MoLNaiveTopK37",
+    "MoLAvgTopK37",
+    "MoLCombTopK1_37",
+    "MoLHIndexerTopK100",
+    "MoLNaiveTopK1000",
+    "MoLFittedTopK40",
+]
 IDS = torch.arange(ITEMS) * 3 + 2
 
 
@@ -76,7 +86,7 @@ def test_no_item_is_seen_twice_or_from_the_history(name: str) -> None:
 @pytest.mark.parametrize("name", TWO_STAGE)
 def test_a_history_leaves_as_many_as_without_one(name: str) -> None:
     queries, module = build(name)
-    k = {"MoLNaiveTopK3": 3, "MoLAvgTopK6": 6, "MoLCombTopK2_4": 4, "MoLHIndexerTopK6": 1}[name]
+    k = {"MoLNaiveTopK3": 3, "MoLAvgTopK6": 6, "MoLCombTopK2_4": 4, "MoLHIndexerTopK6": 1, "MoLFittedTopK6": 6}[name]
     assert bool((module(queries, k, *seen())[1] > 0).all())
 
 
@@ -134,7 +144,94 @@ def test_items_of_half_precision(name: str) -> None:
     assert scores.dtype == torch.float32 and bool((ids > 0).all())
 
 
-@pytest.mark.parametrize("name", ["MoLNaiveTopK10", "MoLAvgTopK500", "MoLCombTopK5_200", "MoLNaiveFaissTopK5"])
+@pytest.mark.parametrize("name", COMPLETE)
+def test_half_precision_is_ordered_as_by_the_exact_module(name: str) -> None:
+    queries, items, gate = sides(dtype=torch.bfloat16)
+    found, exact = (top_k_by_name(n)(items, gate, 0.5, IDS)(queries, ITEMS) for n in (name, "MoLBruteForceTopK"))
+    torch.testing.assert_close(found[0], exact[0])
+    assert torch.equal(found[1], exact[1])
+
+
+@pytest.mark.parametrize("name", ["MoLBruteForceTopK", *TWO_STAGE])
+@pytest.mark.parametrize(("rows", "items"), [(0, ITEMS), (QUERIES, 0), (QUERIES, 1), (1, 2)])
+def test_few_or_no_queries_and_items(name: str, rows: int, items: int) -> None:
+    queries, all_items, gate = sides()
+    assert queries.gate is not None and all_items.gate is not None
+    some = MoLQueries(queries.components[:rows], queries.gate[:rows])
+    module = top_k_by_name(name)(MoLItems(all_items.components[:items], all_items.gate[:items]), gate, 0.5, IDS[:items])
+    offsets = torch.arange(rows + 1)
+    scores, ids = module(some, 3, offsets, IDS[:1].repeat(rows))
+    wanted = torch.nn.functional.pad(IDS[1:items], (0, 3))[:3].expand(rows, 3)
+    assert scores.shape == (rows, 3) and torch.equal(ids, wanted)
+    ranks = module.rank_of_target(some, IDS[:1].repeat(rows), offsets, IDS[:1].repeat(rows), filter_history=True)
+    assert torch.equal(ranks, torch.zeros(rows, dtype=torch.int64))
+
+
+def test_each_product_of_components_finds_its_best() -> None:
+    queries, module = build("MoLNaiveTopK1")
+    products = torch.einsum("bqd,xpd->bqpx", queries.components, sides()[1].components)
+    listed = module(queries, ITEMS)[1]
+    for row, best in zip(listed, IDS[products.argmax(-1)].flatten(1), strict=True):
+        assert set(row[row > 0].tolist()) == set(best.tolist())
+
+
+def test_the_average_keeps_the_best_by_sum_and_mean() -> None:
+    queries, module = build("MoLAvgTopK4")
+    products = queries.components.sum(1) @ sides()[1].components.mean(1).T
+    listed = module(queries, 4)[1]
+    assert torch.equal(listed.sort(1).values, IDS[products.topk(4, 1).indices].sort(1).values)
+
+
+def test_a_threshold_lets_about_as_many_through_as_are_wanted() -> None:
+    g = torch.Generator().manual_seed(2)
+    items = MoLItems(torch.randn(20_000, P_X, WIDTH, generator=g), torch.randn(20_000, P_Q * P_X, generator=g))
+    queries, _, gate = sides()
+    found = (top_k_by_name("MoLHIndexerTopK500")(items, gate, 0.5, torch.arange(20_000) + 1)(queries, 1000)[1] > 0).sum(
+        1
+    )
+    assert bool((found > 350).all()) and bool((found <= 500 * 1.5 + 64).all())
+
+
+def test_a_fit_finds_what_a_constant_mixture_weighs_heavily() -> None:
+    """One pair of components carries all weight: a sum of all products is blind to that, a fit is not."""
+    g = torch.Generator().manual_seed(3)
+    items = MoLItems(torch.randn(4_000, P_X, WIDTH, generator=g))
+    queries = MoLQueries(torch.randn(QUERIES, P_Q, WIDTH, generator=g))
+    gate = MoLGate(w2=torch.zeros(P_Q * P_X, P_Q * P_X), b2=torch.tensor([0.0, 0.0, 0.0, 30.0, 0.0, 0.0]))
+    exact, average, fitted = (
+        top_k_by_name(name)(items, gate, 0.5, torch.arange(4_000) + 1)(queries, 20)[1]
+        for name in ("MoLBruteForceTopK", "MoLAvgTopK60", "MoLFittedTopK60")
+    )
+
+    def share(found: Tensor) -> float:
+        return float((found[:, :, None] == exact[:, None]).any(1).double().mean())
+
+    assert share(average) < 0.7 and share(fitted) == 1.0
+
+
+def test_what_an_index_holds_beside_the_items() -> None:
+    held = {name: build(name)[1].index_bytes() for name in ("MoLBruteForceTopK", *TWO_STAGE)}
+    means = ITEMS * WIDTH * 4
+    assert held["MoLBruteForceTopK"] == held["MoLNaiveTopK3"] == 0
+    assert held["MoLAvgTopK6"] == held["MoLCombTopK2_4"] == held["MoLFittedTopK6"] == means
+
+
+def test_without_faiss_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def absent(name: str, *arguments: Any) -> Any:
+        if name == "faiss":
+            raise ModuleNotFoundError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(UserError, match="try pip install faiss-cpu"):
+        build("MoLNaiveFaissTopK5")
+
+
+@pytest.mark.parametrize(
+    "name", ["MoLNaiveTopK10", "MoLAvgTopK500", "MoLCombTopK5_200", "MoLNaiveFaissTopK5", "MoLFittedTopK7"]
+)
 def test_names(name: str) -> None:
     assert is_mol_top_k(name)
 
