@@ -12,16 +12,14 @@ generative_recommenders/data/merlin.py. Exit status: 0 prepared (or already ther
 import argparse
 import logging
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.merlin import prepare_merlin
 from generative_recommenders.data.preprocess import Prepared
-from generative_recommenders.errors import run_cli
+from generative_recommenders.errors import run_cli, stop_on_sigterm
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,14 +42,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     """Prepare what the command line asks for; see the module's docstring."""
-    # The default action would end the process without removing what it has begun to write.
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     options = parser().parse_args()
     if options.name in ("", "..") or Path(options.name).name != options.name:

@@ -14,15 +14,13 @@ leaves no half-written dataset behind.
 import argparse
 import logging
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from generative_recommenders.data import sources
 from generative_recommenders.data.preprocess import Prepared, prepare
-from generative_recommenders.errors import EXIT_USER_ERROR, UserError, one_line, run_cli
+from generative_recommenders.errors import EXIT_USER_ERROR, UserError, one_line, run_cli, stop_on_sigterm
 
 PUBLIC = ("ml-1m", "ml-20m", "amzn-books")
 
@@ -60,14 +58,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     """Prepare what the command line asks for; see the module's docstring."""
-    # The default action would end the process without removing what it has begun to write.
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = vars(parser().parse_args())
     dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")

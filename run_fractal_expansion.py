@@ -15,11 +15,9 @@ Exit status: 0 done (or nothing to do), 2 with one line for a mistake in the fla
 import argparse
 import logging
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.fractal import Expansion, Settings, index_ratings
@@ -27,7 +25,7 @@ from generative_recommenders.data.fractal_input import read_events
 from generative_recommenders.data.fractal_output import Output
 from generative_recommenders.data.fractal_plan import describe
 from generative_recommenders.data.fractal_report import can_plot, plot_statistics, sampled_activity
-from generative_recommenders.errors import run_cli
+from generative_recommenders.errors import run_cli, stop_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -72,14 +70,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main() -> int:
     """Expand what the command line names; see the module's docstring."""
-    # The default action would end the process without removing what it has begun to write.
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     flags = parser().parse_args()
     settings = Settings(

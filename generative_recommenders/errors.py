@@ -5,8 +5,10 @@ any other exception is a defect of this project and keeps its traceback.
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
@@ -41,6 +43,15 @@ def exit_on_user_error(main: Callable[P, int]) -> Callable[P, int]:
             return 130
 
     return wrapped
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM unwind the process (status 143), so that it removes what it has begun to write."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 def run_cli(main: Callable[[], int]) -> NoReturn:

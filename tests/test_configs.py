@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders import config
+from generative_recommenders.similarity.mol import MoLConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.gin"))
@@ -105,6 +106,13 @@ def encoder_fields(loaded: config.Config) -> tuple[int, ...]:
     return tuple(getattr(built, name) for name in names)
 
 
+def mol_of(loaded: config.Config) -> MoLConfig:
+    dim = loaded.experiment().item_embedding_dim
+    built = loaded.build("create_mol_interaction_module", query_embedding_dim=dim, item_embedding_dim=dim)
+    assert isinstance(built, MoLConfig)
+    return built
+
+
 def test_there_are_configs() -> None:
     assert len(CONFIGS) >= 36
 
@@ -116,7 +124,7 @@ def test_config_constructs_its_experiment(path: str) -> None:
     loaded.build(ENCODERS[experiment.main_module])
     loaded.build("create_data_loader")
     if experiment.interaction_module_type == "MoL":
-        assert set(experiment.loss_weights) <= set(loaded.build("create_mol_interaction_module").auxiliary_losses)
+        assert set(experiment.loss_weights) <= set(mol_of(loaded).auxiliary_losses)
         loaded.build("get_similarity_function")
     assert loaded.unused_bindings() == []
     again = config.load([], [loaded.operative()])
@@ -179,7 +187,7 @@ def test_published_mixture_of_logits(
     user_dropout: float,
 ) -> None:
     loaded = config.load([f"configs/{stem.format(encoder)}.gin"])
-    train, mol = loaded.experiment(), loaded.build("create_mol_interaction_module")
+    train, mol = loaded.experiment(), mol_of(loaded)
     assert tuple(getattr(mol, name) for name in MOL_DIMENSIONS) == dimensions
     assert "x".join(map(str, dimensions)) in stem
     assert {name: getattr(mol, name) for name in MOL_SHARED} == MOL_SHARED

@@ -39,7 +39,7 @@ from generative_recommenders.similarity.mol import MoL, MoLConfig
 from ops.mol_score import MoLItems, MoLQueries, mol_topk
 
 DIM, CENTERS, DEEPEST = 50, 2_000, 100
-PUBLISHED = MoLConfig(8 * 8, 8, 4, 0.05, 0.0, 512, 0.0, -1, 128, 128, 128, 0.0, query_nonlinearity="swiglu")
+PUBLISHED = MoLConfig(DIM, DIM, 8 * 8, 8, 4, 0.05, 0.0, 512, 0.0, -1, 128, 128, 128, 0.0, query_nonlinearity="swiglu")
 EXACT, NAIVE = "MoLBruteForceTopK", "naive"
 METHODS = (
     "MoLNaiveTopK5 MoLNaiveTopK10 MoLNaiveTopK50 MoLNaiveTopK100 MoLNaiveFaissTopK5 MoLAvgTopK200 MoLAvgTopK500 "
@@ -75,7 +75,7 @@ def synthetic(items: int, batch: int, batches: int, steps: int, seed: int) -> Co
         positives = torch.randint(0, items, (count,))
         return F.layer_norm(items_XD[positives] + 0.08 * torch.randn(count, DIM), (DIM,)), positives
 
-    similarity = MoL(PUBLISHED, DIM, DIM)
+    similarity = MoL(PUBLISHED)
     optimizer = torch.optim.AdamW(similarity.parameters(), lr=1e-3)
     nobody = torch.zeros(256, dtype=torch.int64)
     for step in range(steps):

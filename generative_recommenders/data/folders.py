@@ -73,7 +73,7 @@ def _clear_leftovers(folder: Path) -> None:
     """Remove what processes that are gone have left of their attempts to write `folder`."""
     for path in list(folder.parent.iterdir()):
         found = re.fullmatch(rf"{re.escape(folder.name)}\.partial-([0-9]{{1,9}})(-old)?", path.name)
-        if found is None or _is_running(int(found[1])):
+        if found is None or is_running(int(found[1])):
             continue
         if found[2] and not folder.exists():
             # Killed between the two renames: this is the only complete folder.
@@ -82,7 +82,7 @@ def _clear_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether another process has this number; what is left under one's own number is an earlier process's."""
     if pid == os.getpid():
         return False

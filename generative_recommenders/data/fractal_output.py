@@ -35,6 +35,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.folders import is_running
 from generative_recommenders.data.fractal import Expansion
 from generative_recommenders.data.fractal_report import Activity, source_activity, statistics_table
 from generative_recommenders.data.preprocess import (
@@ -352,18 +353,5 @@ def _clear_leftovers(target: Path) -> None:
     """Remove what killed processes have left of their attempts to write `target`."""
     for path in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdecimal() and _is_gone(int(number)):
+        if number.isdecimal() and not is_running(int(number)):
             path.unlink(missing_ok=True)
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether no other process has this number; what is left under one's own number is an earlier process's."""
-    if pid == os.getpid():
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -25,6 +25,18 @@ METRIC_NAMES = (
     *(f"{name}_>=4" for name in _LIKED),
 )
 
+# What is printed of an evaluation, in this order; "loss" is the mean loss of the targets, where it was asked for.
+LABELS = {
+    "ndcg@5": "NDCG@5",
+    "ndcg@10": "NDCG@10",
+    "ndcg@50": "NDCG@50",
+    "hr@5": "HR@5",
+    "hr@10": "HR@10",
+    "hr@50": "HR@50",
+    "mrr": "MRR",
+    "loss": "eval_loss",
+}
+
 
 def published_ranks(ranks_U: Tensor, num_candidates: int) -> Tensor:
     """Ranks as the published evaluation counts them: 0 (a miss) and anything beyond its list become its worst rank."""

@@ -17,20 +17,9 @@ from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import Runtime, all_gather_concat
-from generative_recommenders.evaluation.metrics import mean_metrics, published_ranks
+from generative_recommenders.evaluation.metrics import LABELS, mean_metrics, published_ranks
 from generative_recommenders.indexing.exact import TopK
 from generative_recommenders.retrieval.model import RetrievalModel
-
-_SHOWN = {
-    "ndcg@5": "NDCG@5",
-    "ndcg@10": "NDCG@10",
-    "ndcg@50": "NDCG@50",
-    "hr@5": "HR@5",
-    "hr@10": "HR@10",
-    "hr@50": "HR@50",
-    "mrr": "MRR",
-    "loss": "eval_loss",
-}
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Evaluation:
     seconds: float
 
     def summary(self) -> str:
-        return " ".join(f"{label} {self.metrics[name]:.4f}" for name, label in _SHOWN.items() if name in self.metrics)
+        return " ".join(f"{label} {self.metrics[name]:.4f}" for name, label in LABELS.items() if name in self.metrics)
 
 
 @torch.no_grad()

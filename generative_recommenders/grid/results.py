@@ -10,25 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from generative_recommenders.evaluation.metrics import LABELS
 from generative_recommenders.grid import store as s
 from generative_recommenders.grid.plan import GridRun
 from generative_recommenders.grid.store import Store, final_metrics
 from generative_recommenders.training.reporting import METRICS_LINES
 
 SORTED_BY = "ndcg@10"
-# Columns of the tables: metric names are those of metrics.json, "loss" is the mean loss of the evaluation.
-COLUMNS: Mapping[str, str] = {
-    "ndcg@5": "NDCG@5",
-    "ndcg@10": "NDCG@10",
-    "ndcg@50": "NDCG@50",
-    "hr@5": "HR@5",
-    "hr@10": "HR@10",
-    "hr@50": "HR@50",
-    "mrr": "MRR",
-    "loss": "eval_loss",
-    "epochs": "epochs",
-    "seconds": "seconds",
-}
+# Columns of the tables: metrics by their names in metrics.json, and what a run took.
+COLUMNS: Mapping[str, str] = {**LABELS, "epochs": "epochs", "seconds": "seconds"}
 _COUNTED = ("epochs", "seconds")
 
 

@@ -20,6 +20,7 @@ from generative_recommenders.grid.plan import GridRun
 from generative_recommenders.grid.sweep import GridError
 from generative_recommenders.training.checkpoint import disk_error, write_atomically
 from generative_recommenders.training.reporting import METRICS_FINAL, METRICS_LINES
+from generative_recommenders.training.runs import lock_folder
 
 FORMAT = 1
 WAITING, RUNNING, FINISHED, FAILED, INTERRUPTED = "waiting", "running", "finished", "failed", "interrupted"
@@ -136,15 +137,9 @@ class Store:
         folder = self.exps_dir(run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise disk_error(error, folder) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            return None
-        return handle
+        return lock_folder(folder)
 
     def with_metrics(self, run: GridRun) -> list[str]:
         """Folders of the run with final metrics, relative to `<out>`, oldest first."""

@@ -39,8 +39,8 @@ _BLOCK_NUMBERS = 1 << 24
 # A threshold is a sample's value with about this many above it: their number is then right to about an eighth.
 _SAMPLED_ABOVE = 64
 _SLACK, _SPARE = 1.5, 64
-# Items a weight that its fit is drawn from, and the pull towards 0 as a share of a product's variance.
-# Of the fit, chosen on the synthetic corpus of benchmarks/e2e/topk.py with seed 0; measure with another.
+# Items a weight of a fit is drawn from, and the pull towards 0 as a share of a product's variance: chosen on the corpus
+# of benchmarks/e2e/topk.py with seed 0, so measure with another.
 _ITEMS_A_WEIGHT, _RIDGE = 8, 0.01
 
 
@@ -95,7 +95,7 @@ class TwoStageTopK(MoLBruteForceTopK):
         if not len(self) or not len(own.components):
             ids = self.candidate_ids_X.new_zeros(len(own.components), 1)
             return torch.full_like(ids, _NOTHING, dtype=torch.float32), ids
-        history = History(*seen_of(rows, seen_offsets, seen_ids), self.candidate_ids_X)
+        history = History.of(*seen_of(rows, seen_offsets, seen_ids), self.candidate_ids_X)
         places = self.candidates(own, history).sort(dim=1).values
         absent = places < 0
         absent[:, 1:] |= places[:, 1:] == places[:, :-1]
@@ -141,24 +141,31 @@ def _rows(table: Tensor, places_BR: Tensor) -> Tensor:
 
 
 class History:
-    """The places in the catalogue that each row has seen."""
+    """The places in a catalogue of `num_items` that each of B rows has seen, as pairs of a row and a place."""
 
-    def __init__(self, offsets: Tensor, seen_ids: Tensor, candidate_ids_X: Tensor) -> None:
+    def __init__(self, rows_S: Tensor, places_S: Tensor, batch: int, num_items: int) -> None:
+        self.rows_S = rows_S
+        self.places_S = places_S
+        self.lengths_B = torch.bincount(rows_S, minlength=batch)
+        self.longest = int(self.lengths_B.max()) if len(rows_S) else 0
+        self._num_items = num_items
+        self._keys = rows_S * num_items + places_S
+
+    @classmethod
+    def of(cls, offsets: Tensor, seen_ids: Tensor, candidate_ids_X: Tensor) -> History:
+        """Ids that are no candidates are left out."""
         places = torch.searchsorted(candidate_ids_X, seen_ids).clamp_(max=len(candidate_ids_X) - 1)
         known = candidate_ids_X[places] == seen_ids
-        rows = torch.arange(len(offsets) - 1, device=offsets.device)
-        owners = rows.repeat_interleave(offsets.diff())[known]
-        self._span = len(candidate_ids_X)
-        self._rows_B1 = rows[:, None]
-        self._keys = owners * self._span + places[known]
-        self.lengths_B = torch.bincount(owners, minlength=len(rows))
-        self.longest = int(self.lengths_B.max()) if len(self._keys) else 0
+        batch = len(offsets) - 1
+        rows = torch.arange(batch, device=offsets.device).repeat_interleave(offsets.diff())
+        return cls(rows[known], places[known], batch, len(candidate_ids_X))
 
     def holds(self, places_BR: Tensor) -> Tensor:
         """Whether each place is in its row's history."""
         if not len(self._keys):
             return torch.zeros_like(places_BR, dtype=torch.bool)
-        return torch.isin(self._rows_B1 * self._span + places_BR, self._keys)
+        rows_B = torch.arange(len(places_BR), device=places_BR.device)
+        return torch.isin(rows_B[:, None] * self._num_items + places_BR, self._keys)
 
     def first_unseen(self, places_BR: Tensor, count: int) -> Tensor:
         """The places with all but the first `count` unseen ones of each row made -1."""
@@ -167,14 +174,9 @@ class History:
 
     def repeated(self, times: int) -> History:
         """The history of each row `times` times in a row."""
-        again = object.__new__(History)
-        again._span, again.longest = self._span, self.longest
-        again._rows_B1 = torch.arange(len(self._rows_B1) * times, device=self._rows_B1.device)[:, None]
-        owners, places = self._keys // self._span, self._keys % self._span
-        steps = torch.arange(times, device=self._keys.device)
-        again._keys = ((owners[:, None] * times + steps) * self._span + places[:, None]).flatten()
-        again.lengths_B = self.lengths_B.repeat_interleave(times)
-        return again
+        steps = torch.arange(times, device=self.rows_S.device)
+        rows = (self.rows_S[:, None] * times + steps).flatten()
+        return History(rows, self.places_S.repeat_interleave(times), len(self.lengths_B) * times, self._num_items)
 
 
 def _best_places(queries_BD: Tensor, vectors_XD: Tensor, k: int) -> Tensor:

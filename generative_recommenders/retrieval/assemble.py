@@ -61,7 +61,9 @@ class Plan:
             )
         similarity, options = None, SimilarityOptions()
         if experiment.interaction_module_type == "MoL":
-            similarity, options = config.build("create_mol_interaction_module"), config.build("get_similarity_function")
+            dim = experiment.item_embedding_dim
+            similarity = config.build("create_mol_interaction_module", query_embedding_dim=dim, item_embedding_dim=dim)
+            options = config.build("get_similarity_function")
             _check_mol(experiment, similarity)
         return cls(
             experiment,
@@ -142,8 +144,7 @@ def checked_top_k_method(config: RetrievalConfig, method: str | None) -> str:
 def build_similarity(plan: Plan) -> Similarity:
     if plan.similarity is None:
         return DotProduct()
-    dim = plan.experiment.item_embedding_dim
-    return MoL(plan.similarity, dim, dim, plan.similarity_options)
+    return MoL(plan.similarity, plan.similarity_options)
 
 
 def _check_mol(experiment: RetrievalConfig, similarity: MoLConfig) -> None:

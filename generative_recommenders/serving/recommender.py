@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -18,6 +19,7 @@ from generative_recommenders.config import load
 from generative_recommenders.data.dataset import Catalog, read_catalog
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.users import USERS_FILE, read_users
+from generative_recommenders.indexing.exact import TopK
 from generative_recommenders.retrieval.assemble import Plan, build_model, checked_top_k_method
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.serving.histories import Histories
@@ -79,6 +81,11 @@ class Recommender:
         users = read_users(checkpoint.path / USERS_FILE)
         columns = plan.experiment.event_columns
         return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users, columns)
+
+    @cached_property
+    def _top_k(self) -> TopK[Any]:
+        """The item side is projected, and indexed where the method has an index, once a recommender."""
+        return self.model.top_k()
 
     @torch.inference_mode()
     def recommend(self, histories: Histories, k: int, *, filter_history: bool | None = None) -> pd.DataFrame:
@@ -178,10 +185,9 @@ class Recommender:
         return _Row(ids, stamps, marks, int(stamps[-1]) if request is None else request, columns)
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
-        top_k = self.model.top_k()
         queries = self.model.search_queries(batch.to(self.device))
         filters = () if seen is None else (_offsets(seen).to(self.device), torch.cat(seen).to(self.device))
-        scores_BK, ids_BK = top_k(queries, min(k, len(top_k)), *filters)
+        scores_BK, ids_BK = self._top_k(queries, min(k, len(self._top_k)), *filters)
         found = (ids_BK != 0).cpu()
         places = torch.searchsorted(self.catalog.item_ids, ids_BK.cpu()[found]).tolist()
         rows, ranks = found.nonzero(as_tuple=True)

@@ -50,6 +50,7 @@ UNKNOWN_USER = -1
 class MoLConfig:
     """Bindings `create_mol_interaction_module.*`, with the public names and defaults.
 
+    query_embedding_dim, item_embedding_dim: widths of both sides, from `train_fn.item_embedding_dim` and not bound.
     query_dot_product_groups: P_Q, the components by user id included; item_dot_product_groups: P_X;
     dot_product_dimension: D_P; temperature divides the products. query_hidden_dim, item_hidden_dim: width of the gated
     unit before a side's projection, -1 is none; *_nonlinearity: its activation. gating_*_hidden_dim: widths of the
@@ -58,6 +59,8 @@ class MoLConfig:
     instead of single features, without rescaling.
     """
 
+    query_embedding_dim: int = field(metadata={"runtime": True})
+    item_embedding_dim: int = field(metadata={"runtime": True})
     dot_product_dimension: int
     query_dot_product_groups: int
     item_dot_product_groups: int
@@ -83,8 +86,6 @@ class MoLConfig:
     gating_item_dropout_rate: float = 0.0
     gating_qi_dropout_rate: float = 0.0
     eps: float = 1e-6
-    query_embedding_dim: int | None = field(default=None, metadata={"runtime": True})
-    item_embedding_dim: int | None = field(default=None, metadata={"runtime": True})
 
     def __post_init__(self) -> None:
         for name in _RATES:
@@ -167,9 +168,7 @@ class MoL(Similarity):
     """A query's features are its components (T, P_Q, D_P) and, with `gating_query_fn`, its gate (T, P); an item's the
     same with P_X and `gating_item_fn`."""
 
-    def __init__(
-        self, config: MoLConfig, query_dim: int, item_dim: int, options: SimilarityOptions | None = None
-    ) -> None:
+    def __init__(self, config: MoLConfig, options: SimilarityOptions | None = None) -> None:
         super().__init__()
         options = options or SimilarityOptions()
         self.config = c = config
@@ -178,14 +177,14 @@ class MoL(Similarity):
         sizes = c.uid_embedding_hash_sizes or []
         width, pairs = c.dot_product_dimension, c.query_dot_product_groups * c.item_dot_product_groups
         own = (c.query_dot_product_groups - len(sizes)) * width
-        self.query_components = _components(query_dim, c.query_hidden_dim, own, c.query_nonlinearity)
+        self.query_components = _components(c.query_embedding_dim, c.query_hidden_dim, own, c.query_nonlinearity)
         self.item_components = _components(
-            item_dim, c.item_hidden_dim, c.item_dot_product_groups * width, c.item_nonlinearity
+            c.item_embedding_dim, c.item_hidden_dim, c.item_dot_product_groups * width, c.item_nonlinearity
         )
         # Row 0 belongs to unknown users and stays out of training.
         self.user_components = nn.ParameterList(torch.empty(size + 1, width) for size in sizes)
-        self.query_gate = _gate(query_dim, c.gating_query_hidden_dim, pairs) if c.gating_query_fn else None
-        self.item_gate = _gate(item_dim, c.gating_item_hidden_dim, pairs) if c.gating_item_fn else None
+        self.query_gate = _gate(c.query_embedding_dim, c.gating_query_hidden_dim, pairs) if c.gating_query_fn else None
+        self.item_gate = _gate(c.item_embedding_dim, c.gating_item_hidden_dim, pairs) if c.gating_item_fn else None
         hidden = c.gating_qi_hidden_dim if c.gating_qi_hidden_dim > 0 else None
         self.pair_gate_in = nn.Linear(pairs, hidden) if hidden else None
         self.pair_gate_out = nn.Linear(hidden or pairs, pairs)

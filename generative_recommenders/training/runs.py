@@ -65,7 +65,7 @@ def choose_run(group: Path, description: str, identity: str, resume: str) -> Run
         path = Path(resume)
         folder = path.parent.parent if path.parent.name == "checkpoints" else path
         checkpoint = find_checkpoint(path, prefer_best=False)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         if lock is None:
             raise CheckpointError(f"train_fn.resume: run {folder} is being written by another process; wait or stop it")
         return Run(folder, checkpoint, lock)
@@ -73,7 +73,7 @@ def choose_run(group: Path, description: str, identity: str, resume: str) -> Run
         # The folder name ends with its date and time, and names of one identity share the rest.
         for folder in sorted(_unfinished(group, identity), reverse=True):
             latest = CheckpointFolder(folder / "checkpoints").latest()
-            lock = _lock(folder) if latest is not None else None
+            lock = lock_folder(folder) if latest is not None else None
             if lock is not None:
                 # Read again: until the lock was ours, another process may have gone on.
                 return Run(folder, CheckpointFolder(folder / "checkpoints").latest(), lock)
@@ -94,11 +94,11 @@ def _new_run(group: Path, name: str) -> Run:
         except FileExistsError:
             number += 1
             continue
-        return Run(folder, None, _lock(folder))
+        return Run(folder, None, lock_folder(folder))
 
 
-def _lock(folder: Path) -> int | None:
-    """A lock that ends with this process, or None where another one holds it."""
+def lock_folder(folder: Path) -> int | None:
+    """An open file that locks `folder` until nobody has it open any more, or None where another process holds it."""
     try:
         handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

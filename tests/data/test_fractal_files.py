@@ -43,7 +43,7 @@ Run = Callable[..., int]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """The command in this process; 2 x 3 blocks of `ratings.csv` to the folder `out` unless told otherwise."""
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command, "stop_on_sigterm", lambda: None)
     write_csv(tmp_path / "ratings.csv", rating_lines())
 
     def call(*flags: str) -> int:

@@ -30,8 +30,10 @@ OBJECTIVES: dict[str, Objective] = {
 def mol(dropout: float = 0.0) -> MoL:
     torch.manual_seed(3)
     users = {"uid_embedding_hash_sizes": [4], "uid_dropout_rate": dropout}
-    config = MoLConfig(5, 3, 2, 0.5, dropout, 8, dropout, -1, 7, 9, 7, dropout, gating_qi_dropout_rate=dropout, **users)
-    return MoL(config, DIM, DIM)
+    config = MoLConfig(
+        DIM, DIM, 5, 3, 2, 0.5, dropout, 8, dropout, -1, 7, 9, 7, dropout, gating_qi_dropout_rate=dropout, **users
+    )
+    return MoL(config)
 
 
 def inputs(rows: int = 20) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,6 +14,8 @@ from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.similarity.mol import UNKNOWN_USER, GatedLinear, MoL, MoLConfig, SimilarityOptions
 
 SMALL: dict[str, Any] = {
+    "query_embedding_dim": 10,
+    "item_embedding_dim": 10,
     "dot_product_dimension": 6,
     "query_dot_product_groups": 3,
     "item_dot_product_groups": 2,
@@ -31,7 +33,7 @@ SMALL: dict[str, Any] = {
 
 def small(**given: Any) -> MoL:
     torch.manual_seed(0)
-    return MoL(MoLConfig(**{**SMALL, **given}), 10, 10, SimilarityOptions())
+    return MoL(MoLConfig(**{**SMALL, **given}), SimilarityOptions())
 
 
 def sides(seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +76,7 @@ def test_scores_gradients_and_auxiliary_losses_of_the_public_code(name: str, gol
     arguments = json.loads((golden_dir / "index.json").read_text())[name]
     data = {key: torch.from_numpy(x) for key, x in np.load(golden_dir / f"{name}.npz").items()}
     config = MoLConfig(**arguments)
-    model = MoL(config, arguments["query_embedding_dim"], arguments["item_embedding_dim"])
+    model = MoL(config)
     names = public_names(model)
     with torch.no_grad():
         for own, parameter in model.named_parameters():
@@ -194,8 +196,8 @@ def test_each_querys_own_items_score_as_shared_ones() -> None:
 
 def test_bfloat16_is_near_float32_and_recomputed_projections_are_equal() -> None:
     plain = small().eval()
-    half = MoL(plain.config, 10, 10, SimilarityOptions(bf16_training=True)).eval()
-    again = MoL(plain.config, 10, 10, SimilarityOptions(activation_checkpoint=True)).eval()
+    half = MoL(plain.config, SimilarityOptions(bf16_training=True)).eval()
+    again = MoL(plain.config, SimilarityOptions(activation_checkpoint=True)).eval()
     half.load_state_dict(plain.state_dict())
     again.load_state_dict(plain.state_dict())
     wanted = plain.score(*_features(plain), None)
