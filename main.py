@@ -60,6 +60,8 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
     files = list(arguments.gin_config_file)
     if arguments.mode == "evaluate" and arguments.checkpoint is not None and not files:
         files = [str(find_checkpoint(arguments.checkpoint).path / "config.gin")]
+    if not files and not arguments.gin_bindings and arguments.mode == "evaluate":
+        raise ConfigError("--mode=evaluate: needs --checkpoint=RUN_FOLDER, or --gin_config_file of a run that is here")
     if not files and not arguments.gin_bindings:
         raise ConfigError(
             "--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
@@ -80,7 +82,7 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
         evaluation, folder = experiment.train()
     except Interrupted as stopped:
         logger.info("%s; the same command continues", stopped)
-        return 0
+        return 130 if stopped.by_hand else 0
     if here.is_main:
         logger.info("curves: tensorboard --logdir %s", folder.parent)
         logger.info("%s", test_line(evaluation, "test"))
@@ -114,13 +116,25 @@ def _export(arguments: argparse.Namespace) -> int:
 
     if arguments.checkpoint is None or arguments.output is None:
         raise ConfigError("--mode=export: needs --checkpoint=RUN_FOLDER and --output=FOLDER")
+    if arguments.top_k_method is not None:
+        raise ConfigError("--top_k_method: --mode=export searches nothing; give it to --mode=recommend")
     folder = export(find_checkpoint(arguments.checkpoint), arguments.output)
     logger.info("exported to %s; try --mode=recommend --checkpoint=%s --histories=FILE", folder, folder)
     return 0
 
 
+def _check_environment() -> None:
+    from ops.dispatch import check_environment
+
+    try:
+        check_environment()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def main() -> int:
     arguments = _parser().parse_args()
+    _check_environment()
     main_rank = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stdout)
     _start_ranks(arguments)

@@ -46,6 +46,13 @@ def _preferred() -> str:
     return _override.get() or os.environ.get("GR_OPS") or "auto"
 
 
+def check_environment() -> None:
+    """Raises ValueError for a `GR_OPS` that names no backend, which no op could follow."""
+    wish = os.environ.get("GR_OPS") or "auto"
+    if wish not in BACKENDS:
+        raise ValueError(f"GR_OPS: got {wish!r}, expected one of {', '.join(BACKENDS)}")
+
+
 def _without_autocast() -> AbstractContextManager[object]:
     # A compiled graph holds operators, which autocast does not reach into.
     if torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,20 @@ if not torch.cuda.is_available():
     # Before any kernel is imported: without a GPU they run under Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in the background of a script: the tests send this signal, and processes that they start inherit how it is met.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 # Set to a folder with data/ and golden/ to run the tests on real data; by default it is looked for beside the
 # repository.
 SHARED = Path(os.environ.get("GR_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same numbers wherever and in whatever order it runs."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

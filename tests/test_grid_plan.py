@@ -177,3 +177,30 @@ def test_a_warning_about_a_config_is_given_once(
     assert [record.getMessage() for record in caplog.records if "bound twice" in record.getMessage()] == [
         f"{config}:3: train_fn.num_epochs is bound twice; line 2 has no effect"
     ]
+
+
+def test_a_sweep_that_no_config_uses_is_refused(ask: Callable[..., Request]) -> None:
+    with pytest.raises(GridError, match="no config uses it"):
+        plan(ask("sasrec_encoder.num_blocks=1,3"))
+
+
+@pytest.mark.parametrize(
+    ("bindings", "message"),
+    [
+        (
+            ["train_fn.use_rated_input_preproc = True", "train_fn.num_ratings = 2"],
+            "expected at least 6 for this dataset",
+        ),
+        (["train_fn.event_columns = {'action': 3}"], "action"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_events_are_found_before_anything_runs(
+    ask: Callable[..., Request], bindings: list[str], message: str
+) -> None:
+    (run,) = plan(ask(bindings=[TOY, *bindings]))
+    assert message in run.broken
+
+
+def test_unused_bindings_are_known_before_the_run(ask: Callable[..., Request]) -> None:
+    (run,) = plan(ask(bindings=[TOY, "sasrec_encoder.num_blocks = 3"]))
+    assert run.unused == ("sasrec_encoder.num_blocks",) and not run.broken

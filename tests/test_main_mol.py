@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from generative_recommenders.config import load
+from generative_recommenders.data.dataset import PreparedDataset
+from generative_recommenders.retrieval.assemble import Plan, Splits, build_model, training_counts, training_loader
 from generative_recommenders.serving.recommender import Recommender
 from generative_recommenders.training.runs import find_checkpoint
 from tests.test_main import PUBLISHED, SMALL, SMALL_ENCODER, Launch, data_dir, flags, launch, only_run, raw_id
@@ -156,3 +160,44 @@ def test_mistakes_are_one_line(bindings: list[str], message: str, launch: Launch
     assert outcome.status == 2
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_the_loss_is_the_main_one_and_the_weighted_others(data_dir: Path) -> None:
+    weights = {"mi_loss": 0.5, "uid_embedding_l2_norm": 2.0}
+    bindings = [*SMALL, *SMALL_ENCODER["SASRec"], *MOL, f"train_fn.loss_weights = {weights}"]
+    plan = Plan.of(load([], [*bindings, "train_fn.loss_module = 'BCELoss'"]))
+    dataset = PreparedDataset.load(data_dir, "toy")
+    model = build_model(plan, dataset.catalog.item_ids, training_counts(dataset, 1))
+    batch = next(iter(training_loader(plan, Splits.of(plan.experiment, dataset).train, 0, 1).epoch(0)))
+    loss, scalars = model(batch, seed=1)
+    others = sum(weight * scalars[name] for name, weight in weights.items())
+    torch.testing.assert_close(loss, scalars["main_loss"] + others)
+    torch.testing.assert_close(scalars["ar_loss"], loss.detach())
+    table = model.similarity.user_components[0]
+    users = batch.user_ids_B[batch.rows_T()]
+    wanted = table[users % 50 + 1].square().sum(1).mean()
+    torch.testing.assert_close(scalars["uid_embedding_l2_norm"], wanted.detach())
+    loss.backward()
+    touched = set((table.grad != 0).any(1).nonzero().flatten().tolist())
+    assert touched == set((batch.user_ids_B % 50 + 1).tolist())
+
+
+def test_histories_without_user_ids_are_of_unknown_users(run: Path, launch: Launch, tmp_path: Path) -> None:
+    scores = {}
+    for name, users in (("unnamed", {}), ("strangers", {"user_id": ["x", "y"]}), ("known", {"user_id": ["0", "1"]})):
+        path, output = tmp_path / f"{name}.csv", tmp_path / f"{name}-out.csv"
+        pd.DataFrame({**users, "item_ids": [f"{raw_id(3)},{raw_id(6)}"] * 2}).to_csv(path, index=False)
+        assert (
+            launch("--mode=recommend", f"--checkpoint={run}", f"--histories={path}", f"--output={output}").status == 0
+        )
+        scores[name] = pd.read_csv(output)["score"].tolist()
+    assert scores["unnamed"] == scores["strangers"] != scores["known"]
+
+
+def test_a_long_name_is_cut_and_told_apart() -> None:
+    names = []
+    for sizes in ([9, 9], [8, 8]):
+        loaded = load([], [*MOL, f"create_mol_interaction_module.uid_embedding_hash_sizes = {sizes}"])
+        plan = Plan.of(loaded)
+        names.append(replace(plan, experiment=replace(plan.experiment, event_columns={"action" * 9: 5})).describe())
+    assert names[0] != names[1] and max(map(len, names)) <= 200

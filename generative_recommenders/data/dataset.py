@@ -7,6 +7,7 @@ splits are files of their own (`"split": "explicit"` in dataset.json), the rows 
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from generative_recommenders.data import sources
 from generative_recommenders.data.errors import DataError
 
 _LISTS = ("item_ids", "ratings", "timestamps")
@@ -79,12 +81,13 @@ class PreparedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the catalogue and events a model was trained on: name, counts and checksums of the events."""
+        """Identifies what a model was trained on: name, counts, checksums of events and users, and explicit splits."""
         parts = (self.item_ids_E.numel(), self.num_users, len(self.catalog), self.catalog.max_item_id)
-        weights = torch.arange(1, self.item_ids_E.numel() + 1, dtype=torch.int64)
-        columns = [self.item_ids_E, *(self.events[name] for name in sorted(self.events))]
-        checksums = [f"{int((column * weights).sum() & 0xFFFFFFFF):08x}" for column in columns]
-        return ":".join([self.name, *map(str, parts), *checksums])
+        # Ratings may be fractions, of which the bits count.
+        columns = [self.item_ids_E, self.timestamps_E, self.ratings_E.view(torch.int32).long(), self.user_ids_U]
+        columns += [self.events[name] for name in sorted(self.events)]
+        splits = [f"{name}{first}-{last}" for name, (first, last) in sorted(self.split_rows.items())]
+        return ":".join([self.name, *map(str, parts), *map(_checksum, columns), *splits])
 
     @classmethod
     def load(cls, data_dir: str | Path, name: str, event_columns: Sequence[str] = ()) -> PreparedDataset:
@@ -120,6 +123,13 @@ def _require(folder: Path, files: Sequence[str], name: str, data_dir: str | Path
     command = f"preprocess_public_data.py --dataset={name}"
     if name == "merlin" or missing.name.startswith("sequences_"):
         command = f"preprocess_merlin_data.py --name={name}"
+    elif name not in sources.names():
+        nearest = difflib.get_close_matches(name.lower().replace("_", "-"), sources.names(), n=1)
+        meant = f"did you mean {nearest[0]!r}? Else " if nearest else ""
+        raise DataError(
+            f"dataset {name!r}: {missing} not found, expected a prepared dataset; {meant}"
+            f"try python preprocess_public_data.py --dataset=custom --raw=FILE --name={name} --data_dir={data_dir}"
+        )
     raise DataError(
         f"dataset {name!r}: {missing} not found, expected a prepared dataset; "
         f"try python {command} --data_dir={data_dir}"
@@ -190,6 +200,11 @@ def _read_columns(path: Path, required: Sequence[str], optional: Sequence[str] =
     if missing is not None:
         raise DataError(f"{path}: column {missing} is missing, got {', '.join(present[:20])}; {_AGAIN}")
     return table
+
+
+def _checksum(column: Tensor) -> str:
+    places = torch.arange(1, column.numel() + 1, dtype=torch.int64)
+    return f"{int((column * places).sum() & 0xFFFFFFFF):08x}"
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:

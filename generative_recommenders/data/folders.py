@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all.
+"""Folders and files that appear complete or not at all, and the lock that keeps other processes out.
 
 Content is written into `<folder>.partial-<pid>`, which then takes the folder's name by one rename. Where an older
 folder is in the way Linux exchanges the two names in one step, so that a process killed at any moment leaves one.
@@ -7,6 +7,7 @@ What a killed process leaves beside it is cleared away by the next one that writ
 
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -41,13 +42,52 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_failure(path: Path, error: OSError) -> str:
-    """One line for an `OSError` on writing `path`: reason, free space, what to do."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file takes the place of `path` when the block ends well.
+
+    Raises:
+        DataError: the disk is full or the place cannot be written; the message names path and free space.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(write_failure(path, error, otherwise="choose another path")) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def lock_file(path: Path, *, wait: bool = False) -> int | None:
+    """An open file that locks `path` until nobody has it open any more.
+
+    None where another process holds it or the file system has no locks, unless told to wait. The file stays.
+
+    Raises:
+        OSError: it cannot be created, or locked when told to wait.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException as error:
+        os.close(handle)
+        if isinstance(error, OSError) and not wait:
+            return None
+        raise
+    return handle
+
+
+def write_failure(path: Path, error: OSError, otherwise: str = "choose another --data_dir") -> str:
+    """One line for an `OSError` on writing `path`: reason, free space, what to do, or else what."""
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free / 1e6
     advice = "free some space" if error.errno == errno.ENOSPC else "check that the folder may be written"
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{path}: cannot write ({reason}), {free:,.0f} MB free; {advice} or choose another --data_dir"
+    return f"{path}: cannot write ({reason}), {free:,.0f} MB free; {advice} or {otherwise}"
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -21,7 +21,6 @@ users, which go to a nameless file on the same disk, and come back chunk by chun
 import glob
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,7 +34,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.errors import DataError
-from generative_recommenders.data.folders import is_running
+from generative_recommenders.data.folders import is_running, write_failure
 from generative_recommenders.data.fractal import Expansion
 from generative_recommenders.data.fractal_report import Activity, source_activity, statistics_table
 from generative_recommenders.data.preprocess import (
@@ -43,6 +42,7 @@ from generative_recommenders.data.preprocess import (
     METADATA_FILE,
     MIN_EVENTS,
     SEQUENCES_FILE,
+    SEQUENCES_SCHEMA,
     SPLIT,
     VERSION,
 )
@@ -53,14 +53,6 @@ _ITEMS_AT_ONCE = 1 << 20
 # Lists with 32-bit offsets cannot be joined into one column past this size.
 _MOST_NARROW = (1 << 31) - 1
 _METADATA_KEY = "fractal_expansion"
-_SCHEMA = pa.schema(
-    {
-        "user_id": pa.int64(),
-        "item_ids": pa.list_(pa.int64()),
-        "ratings": pa.list_(pa.float32()),
-        "timestamps": pa.list_(pa.int64()),
-    }
-)
 _CSV_SCHEMA = pa.schema({"user_id": pa.int64(), "item_ids": pa.string(), "ratings": pa.string()})
 # Item ids are close to random numbers of few bits, and positions count up.
 _ENCODING: dict[str, Any] = {
@@ -133,7 +125,7 @@ class Output:
         ):
             offsets = self._spill_blocks(i, firsts, chunk_users, spill)
             counts = {"rows": 0, "events": 0}
-            with pq.ParquetWriter(parquet_part, _SCHEMA, **_ENCODING) as parquet_writer:
+            with pq.ParquetWriter(parquet_part, SEQUENCES_SCHEMA, **_ENCODING) as parquet_writer:
                 with pacsv.CSVWriter(str(csv_part), _CSV_SCHEMA, write_options=headless) as csv_writer:
                     for number, first in enumerate(firsts):
                         size = min(chunk_users, expansion.ratings.num_users - first)
@@ -158,7 +150,7 @@ class Output:
         if self.is_dataset:
             with _whole_files(self.folder / SEQUENCES_FILE, self.folder / ITEMS_FILE) as (sequences, items):
                 wide = int(self.expansion.block_events.sum()) > _MOST_NARROW
-                schema = pa.schema([_large(field) for field in _SCHEMA]) if wide else _SCHEMA
+                schema = pa.schema([_large(field) for field in SEQUENCES_SCHEMA]) if wide else SEQUENCES_SCHEMA
                 with pq.ParquetWriter(sequences, schema, **_ENCODING) as writer:
                     for chunk in self._chunks(activity):
                         writer.write_table(chunk.cast(schema), row_group_size=chunk.num_rows)
@@ -206,7 +198,7 @@ class Output:
             codes.append(_read(spill, ratings.codes_E.dtype, total))
         owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
         if not len(owner):
-            return _SCHEMA.empty_table(), _CSV_SCHEMA.empty_table()
+            return SEQUENCES_SCHEMA.empty_table(), _CSV_SCHEMA.empty_table()
         order = np.argsort((owner << 16) | np.concatenate(places), kind="stable")
         lengths = np.bincount(owner, minlength=size)
         users = np.flatnonzero(lengths)
@@ -222,7 +214,7 @@ class Output:
         columns = [user_ids, lists(item), lists(ratings.values_V[code]), lists(position)]
         names = pa.array([str(value) for value in ratings.values_V]).take(pa.array(code))
         texts = [user_ids, pc.binary_join(lists(pc.cast(item, pa.string())), ","), pc.binary_join(lists(names), ",")]
-        return pa.table(columns, schema=_SCHEMA), pa.table(texts, schema=_CSV_SCHEMA)
+        return pa.table(columns, schema=SEQUENCES_SCHEMA), pa.table(texts, schema=_CSV_SCHEMA)
 
     def _chunks(self, activity: Activity) -> Iterator[pa.Table]:
         """Row groups of all shards in order, counted into `activity`."""
@@ -337,12 +329,8 @@ def _whole_files(*targets: Path) -> Iterator[tuple[Path, ...]]:
         for part, target in zip(parts, targets, strict=True):
             os.replace(part, target)
     except OSError as error:
-        existing = next(place for place in targets[0].absolute().parents if place.exists())
-        free, reason = shutil.disk_usage(existing).free / 1e6, error.strerror or str(error)
-        raise DataError(
-            f"{targets[0]}: cannot write ({reason}), {free:,.0f} MB free; free some space or choose another "
-            "--output-prefix, the shards that are complete are kept"
-        ) from error
+        otherwise = "choose another --output-prefix, the shards that are complete are kept"
+        raise DataError(write_failure(targets[0], error, otherwise)) from error
     finally:
         for part in parts:
             with suppress(OSError):

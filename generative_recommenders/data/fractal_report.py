@@ -59,7 +59,7 @@ class Activity:
 
     def add_items(self, items: np.ndarray) -> None:
         """Count events by item index."""
-        np.add.at(self.item_counts, items, 1)
+        self.item_counts += np.bincount(items, minlength=len(self.item_counts)).astype(self.item_counts.dtype)
 
     def curves(self) -> dict[str, np.ndarray]:
         """Histograms: entry c of a curve is the number of users or items with c events."""

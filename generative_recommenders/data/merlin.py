@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.merlin_raw import EVENT_TYPES, ITEMS, SPLITS, USER, file_name, open_raw, read_sessions
-from generative_recommenders.data.preprocess import ITEMS_FILE, METADATA_FILE, Prepared
+from generative_recommenders.data.preprocess import ITEMS_FILE, METADATA_FILE, SEQUENCES_SCHEMA, Prepared
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.staged_files import staged_files
 from generative_recommenders.data.tables import encoded
@@ -42,15 +42,6 @@ SPLIT = "explicit"
 MIN_EVENTS = 2
 # Rows are gathered and written in blocks of about this many events: prefixes take far more room than their sessions.
 _BLOCK_EVENTS = 4_000_000
-
-_SCHEMA = pa.schema(
-    {
-        "user_id": pa.int64(),
-        "item_ids": pa.list_(pa.int64()),
-        "ratings": pa.list_(pa.float32()),
-        "timestamps": pa.list_(pa.int64()),
-    }
-)
 
 
 def sequences_file(split: str) -> str:
@@ -124,7 +115,7 @@ class Sequences:
             times = np.repeat(self.first_timestamps[low:high], lengths) + place
             columns = (self.items[event], self.event_types[event].astype(np.float32), times)
             lists = [pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(column)) for column in columns]
-            yield pa.table([pa.array(self.users[low:high]), *lists], schema=_SCHEMA)
+            yield pa.table([pa.array(self.users[low:high]), *lists], schema=SEQUENCES_SCHEMA)
 
 
 class MerlinParquetDataProcessor:
@@ -317,7 +308,7 @@ def _write(folder: Path, processor: MerlinParquetDataProcessor, metadata: Mappin
     with staged_files(folder, last=METADATA_FILE, obsolete=tuple(map(csv_file, SPLITS))) as stage:
         for split, sequences in processor.sequences.items():
             rows = 0
-            with pq.ParquetWriter(stage / sequences_file(split), _SCHEMA, compression="zstd") as writer:
+            with pq.ParquetWriter(stage / sequences_file(split), SEQUENCES_SCHEMA, compression="zstd") as writer:
                 for block in sequences.blocks():
                     writer.write_table(block)
                     if csv:

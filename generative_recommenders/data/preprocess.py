@@ -32,6 +32,15 @@ SEQUENCES_FILE = "sequences.parquet"
 ITEMS_FILE = "items.parquet"
 METADATA_FILE = "dataset.json"
 CSV_FILE = "sasrec_format.csv"
+SEQUENCES_SCHEMA = pa.schema(
+    {
+        "user_id": pa.int64(),
+        "item_ids": pa.list_(pa.int64()),
+        "ratings": pa.list_(pa.float32()),
+        "timestamps": pa.list_(pa.int64()),
+    }
+)
+"""Columns that every sequences file has; users and further columns of events come after them."""
 SPLIT = "leave_one_out"
 # Leave-one-out takes an event for test and one for valid; training needs at least one more.
 MIN_EVENTS = 3
@@ -88,6 +97,10 @@ def prepare(
         return Prepared(folder, current, written=False)
 
     events = source.read(files)
+    if shuffle_ties is not None and "timestamps" in events.facts:
+        raise DataError(
+            f"--shuffle_ties: {name} has no times ({events.facts['timestamps']}), hence no ties; leave it out"
+        )
     items = events.items
     sequences = sequences_table(events, shuffle_ties)
     _check_events(name, events, sequences)

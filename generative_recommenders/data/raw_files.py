@@ -33,7 +33,9 @@ class RawFiles:
         self._seen: dict[str, str] = {}
         self._archive: zipfile.ZipFile | None = None
         if not self.path.exists():
-            raise DataError(f"raw file {self.path}: no such file or folder; check --raw, or leave it out to download")
+            raise DataError(
+                f"raw file {self.path}: no such file or folder; check --raw, or leave it out where there is a download"
+            )
         if self.path.is_file() and self.path.suffix.lower() == ".zip":
             self._archive = _open_archive(self.path)
 

@@ -99,6 +99,17 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def global_sum(value: Tensor) -> Tensor:
+    """Sum over ranks whose gradient on each is that of its own part, times the ranks.
+
+    Averaged over ranks, as DistributedDataParallel does, the gradient of any function of such sums is then the one that
+    a single rank with everybody's rows would have.
+    """
+    if world_size() == 1:
+        return value
+    return all_reduce_sum(value) + world_size() * (value - value.detach())
+
+
 def all_gather_concat(values: Tensor) -> Tensor:
     """Rows of all ranks in rank order, without gradient; ranks may hold different numbers of rows."""
     if world_size() == 1:

@@ -17,12 +17,13 @@ MAX_RANK = 2500
 HR_AT = (1, 5, 10, 50, 100, 200, 500, 1000)
 NDCG_AT = (1, 5, 10, 50, 100, 200)
 LIKED_RATING = 4.0
+LIKED_SUFFIX = "_>=4"
 _LIKED = ("ndcg@10", "hr@10", "hr@50", "mrr")
 METRIC_NAMES = (
     *(f"ndcg@{k}" for k in NDCG_AT),
     *(f"hr@{k}" for k in HR_AT),
     "mrr",
-    *(f"{name}_>=4" for name in _LIKED),
+    *(f"{name}{LIKED_SUFFIX}" for name in _LIKED),
 )
 
 # What is printed of an evaluation, in this order; "loss" is the mean loss of the targets, where it was asked for.
@@ -60,5 +61,5 @@ def mean_metrics(ranks_U: Tensor, target_ratings_U: Tensor) -> dict[str, float]:
     values = per_user_metrics(ranks_U)
     liked = target_ratings_U >= LIKED_RATING
     means = {name: float(value.mean()) for name, value in values.items()}
-    means |= {f"{name}_>=4": float(values[name][liked].mean()) for name in _LIKED}
+    means |= {f"{name}{LIKED_SUFFIX}": float(values[name][liked].mean()) for name in _LIKED}
     return means

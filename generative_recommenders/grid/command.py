@@ -77,6 +77,9 @@ def run_command(
         timeout_minutes=_above_zero("--timeout_minutes", arguments.timeout_minutes),
     )
     runs = plan(request)
+    reasons = {run.broken for run in runs}
+    if len(reasons) == 1 and all(reasons):
+        raise GridError(f"none of {len(runs)} runs can start: {reasons.pop()}")
     store = Store(arguments.out.resolve())
     if arguments.dry_run:
         _list(runs, store)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 _TAIL_BYTES = 64_000
-_UNUSED = re.compile(r"^bindings that nothing uses in this experiment: (.*)$", re.MULTILINE)
 
 
 class Output:
@@ -18,8 +16,7 @@ class Output:
 
     def __init__(self, folder: Path) -> None:
         self._out, self._err = folder / "output.txt", folder / "stderr.txt"
-        self._out_from, self._err_from = _size(self._out), _size(self._err)
-        self._seen = self._out_from
+        self._seen, self._err_from = _size(self._out), _size(self._err)
         self._last = ""
 
     @contextlib.contextmanager
@@ -39,10 +36,6 @@ class Output:
             self._seen = size
         return self._last
 
-    def text(self) -> str:
-        """What this start has printed."""
-        return _read(self._out, self._out_from)
-
     def error(self, status: int) -> str:
         """Why the process left with `status`: its last `error:` line, its signal, or its last line on stderr."""
         lines = [line.strip() for line in _read(self._err, self._err_from).splitlines() if line.strip()]
@@ -52,12 +45,6 @@ class Output:
         if status < 0:
             return f"killed by {_signal_name(-status)}"
         return lines[-1] if lines else f"exit status {status}"
-
-
-def unused_bindings(text: str) -> str:
-    """The bindings that a run reported as unused, "" where it used all."""
-    found = _UNUSED.search(text)
-    return found[1] if found else ""
 
 
 def _signal_name(number: int) -> str:

@@ -26,7 +26,7 @@ from generative_recommenders.config_syntax import suggestion
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.errors import UserError, one_line
 from generative_recommenders.grid.sweep import GridError, Sweep, check_bindings
-from generative_recommenders.retrieval.assemble import Plan
+from generative_recommenders.retrieval.assemble import Plan, require_events, require_ratings
 from generative_recommenders.retrieval.config import RetrievalConfig
 
 # Bindings that do not change what is computed, so that a finished run stays finished under other values of them.
@@ -38,7 +38,8 @@ class GridRun:
     """One run: what main.py is given, and how it is called in tables.
 
     `row` is equal for runs that differ only in their seed; `values` holds all bindings as text, those of the config
-    and the defaults of what was constructed; `broken` says why it cannot be started, "" where it can.
+    and the defaults of what was constructed; `unused` are bindings that nothing in the experiment uses; `broken` says
+    why it cannot be started, "" where it can.
     """
 
     id: str
@@ -50,6 +51,7 @@ class GridRun:
     seed: int | None = None
     dataset: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     broken: str = ""
 
     @property
@@ -83,7 +85,7 @@ def plan(request: Request) -> list[GridRun]:
         combinations = itertools.product(*(sweep.bindings for sweep in request.sweeps))
         seeds: Sequence[int | None] = request.seeds or (None,)
         runs = [planner.run(f, c, s) for f, c, s in itertools.product(files, list(combinations), seeds)]
-    planner.require_used_macros()
+    planner.require_used_sweeps()
     return list({run.fingerprint: run for run in reversed(runs)}.values())[::-1]
 
 
@@ -157,6 +159,8 @@ class _Planner:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._datasets: dict[str, str] = {}
+        self._loaded: dict[tuple[str, ...], PreparedDataset] = {}
+        self._experiments: dict[tuple[str, ...], str] = {}
         self._unused: list[set[str]] = []
 
     def run(self, file: str, combination: Sequence[str], seed: int | None) -> GridRun:
@@ -172,13 +176,15 @@ class _Planner:
             )
 
     def _checked(self, file: str, bindings: tuple[str, ...], label: str, seed: int | None) -> GridRun:
-        name = load([file], bindings).build(Main).experiment
+        name = self._experiment_name(file, bindings)
         if seed is not None:
             bindings = (*bindings, f"{name}.random_seed = {seed}")
         config = load([file], bindings)
         experiment = _construct(config, name)
         dataset = str(getattr(experiment, "dataset_name", ""))
         identity = self._dataset(dataset)
+        if isinstance(experiment, RetrievalConfig):
+            self._check_inputs(experiment)
         resume = getattr(experiment, "resume", "auto")
         if resume == "never":
             # Runs have folders of their own: in a new one this starts anew, in its own one it goes on.
@@ -190,9 +196,29 @@ class _Planner:
         row = _digest([config.fingerprint((*ignored, f"{name}.random_seed")), identity])
         values = _assignments(config.full()) | _assignments(config.operative())
         values.pop(f"{name}.resume", None)
-        self._unused.append(set(config.unused_bindings()))
+        unused = tuple(config.unused_bindings())
+        self._unused.append(set(unused))
         seed = getattr(experiment, "random_seed", seed)
-        return GridRun(_run_id(file, fingerprint), fingerprint, row, file, bindings, label, seed, dataset, values)
+        run_id = _run_id(file, fingerprint)
+        return GridRun(run_id, fingerprint, row, file, bindings, label, seed, dataset, values, unused)
+
+    def _experiment_name(self, file: str, bindings: tuple[str, ...]) -> str:
+        """What `main.experiment` names, which seeds have in common."""
+        key = (file, *bindings)
+        if key not in self._experiments:
+            self._experiments[key] = load([file], bindings).build(Main).experiment
+        return self._experiments[key]
+
+    def _check_inputs(self, experiment: RetrievalConfig) -> None:
+        """Refuse what only the events can tell: ratings and columns that do not fit the model's tables."""
+        if experiment.input_features == "item" and not experiment.event_columns:
+            return
+        columns = sorted(experiment.event_columns)
+        key = (experiment.dataset_name, *columns)
+        if key not in self._loaded:
+            self._loaded[key] = PreparedDataset.load(self._request.data_dir, experiment.dataset_name, columns)
+        require_ratings(experiment, self._loaded[key])
+        require_events(experiment, self._loaded[key])
 
     def _varied(self, binding: str) -> str:
         """`train_fn.learning_rate = 1e-3` as `learning_rate=1e-3`, whole where two sweeps share that name."""
@@ -217,11 +243,15 @@ class _Planner:
             self._datasets[name] = _digest([facts])
         return self._datasets[name]
 
-    def require_used_macros(self) -> None:
-        """A sweep over a macro that no config refers to would run the same thing many times."""
+    def require_used_sweeps(self) -> None:
+        """A sweep over what no config uses would run the same thing many times."""
         for sweep in self._request.sweeps:
-            if sweep.is_macro and self._unused and all(sweep.key in unused for unused in self._unused):
-                raise GridError(f"--sweep {sweep.key}: no config refers to %{sweep.key}; try configurable.parameter")
+            several = sweep.is_macro or len(sweep.bindings) > 1
+            if several and self._unused and all(sweep.key in unused for unused in self._unused):
+                advice = f"no config refers to %{sweep.key}; try configurable.parameter"
+                if not sweep.is_macro:
+                    advice = "no config uses it; try a parameter of what the configs construct"
+                raise GridError(f"--sweep {sweep.key}: {advice}")
 
 
 def _construct(config: Config, name: str) -> Any:

@@ -100,7 +100,7 @@ def read_results(runs: Iterable[GridRun], store: Store) -> list[Result]:
 def _read(run: GridRun, store: Store) -> Result:
     status, error, folder = store.status(run), store.error(run), store.folder(run)
     record = store.records.get(run.fingerprint)
-    note = record.note if record else ""
+    note = ", ".join(run.unused)
     log = f"{store.exps_dir(run)}/output.txt" if record else ""
     curve = curve_of(folder) if folder else []
     final = final_metrics(folder) if folder and status == s.FINISHED else None

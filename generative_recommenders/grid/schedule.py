@@ -21,7 +21,7 @@ from typing import Protocol
 
 from generative_recommenders.config import REPOSITORY_ROOT
 from generative_recommenders.grid import store as s
-from generative_recommenders.grid.output import Output, unused_bindings
+from generative_recommenders.grid.output import Output
 from generative_recommenders.grid.plan import GridRun
 from generative_recommenders.grid.store import Store
 
@@ -134,7 +134,7 @@ class Grid:
                 self._last_signal = time.monotonic()
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # nohup has SIGHUP ignored, and it stays so.
+        # nohup has SIGHUP ignored, a shell without job control SIGINT of its background commands, and so it stays.
         replaced = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         try:
             yield
@@ -231,19 +231,19 @@ class Grid:
     def _ended(self, running: _Process, status: int) -> None:
         state = running.state
         if status == 0 and self.store.new_metrics(state.run):
-            self._end(state, s.FINISHED, note=unused_bindings(running.output.text()))
+            self._end(state, s.FINISHED)
         elif running.timed_out and status in _STOPPED:
             minutes = self.options.timeout_minutes
-            self._end(state, s.FAILED, f"took more than --timeout_minutes={minutes:g}; --retry_failed continues it", "")
+            self._end(state, s.FAILED, f"took more than --timeout_minutes={minutes:g}; --retry_failed continues it")
         elif status == 0 or (self._stopping and status in _STOPPED):
             self._end(state, s.INTERRUPTED)
         else:
             self._end(state, s.FAILED, running.output.error(status))
 
-    def _end(self, state: State, status: str, error: str = "", note: str = "") -> None:
+    def _end(self, state: State, status: str, error: str = "") -> None:
         state.status, state.error, state.ended = status, error, time.monotonic()
         folder = self.store.new_metrics(state.run) if status == s.FINISHED else ""
-        self.store.change(state.run, status=status, error=error, note=note, folder=folder)
+        self.store.change(state.run, status=status, error=error, folder=folder)
 
     def _stop(self) -> None:
         """Ask all runs to save and leave; kill those that do not, or all at a second signal."""

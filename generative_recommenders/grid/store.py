@@ -41,7 +41,6 @@ class Record:
     seed: int | None
     status: str = WAITING
     error: str = ""
-    note: str = ""
     folder: str = ""
     before: list[str] = field(default_factory=list)
     starts: int = 0

@@ -141,47 +141,46 @@ def _rows(table: Tensor, places_BR: Tensor) -> Tensor:
 
 
 class History:
-    """The places in a catalogue of `num_items` that each of B rows has seen, as pairs of a row and a place."""
+    """What each of B rows has seen of a catalogue, as distinct pairs of a row and a place, (S,) each."""
 
-    def __init__(self, rows_S: Tensor, places_S: Tensor, batch: int, num_items: int) -> None:
+    def __init__(self, rows_S: Tensor, places_S: Tensor) -> None:
         self.rows_S = rows_S
         self.places_S = places_S
-        self.lengths_B = torch.bincount(rows_S, minlength=batch)
-        self.longest = int(self.lengths_B.max()) if len(rows_S) else 0
-        self._num_items = num_items
-        self._keys = rows_S * num_items + places_S
 
     @classmethod
     def of(cls, offsets: Tensor, seen_ids: Tensor, candidate_ids_X: Tensor) -> History:
         """Ids that are no candidates are left out."""
         places = torch.searchsorted(candidate_ids_X, seen_ids).clamp_(max=len(candidate_ids_X) - 1)
         known = candidate_ids_X[places] == seen_ids
-        batch = len(offsets) - 1
-        rows = torch.arange(batch, device=offsets.device).repeat_interleave(offsets.diff())
-        return cls(rows[known], places[known], batch, len(candidate_ids_X))
-
-    def holds(self, places_BR: Tensor) -> Tensor:
-        """Whether each place is in its row's history."""
-        if not len(self._keys):
-            return torch.zeros_like(places_BR, dtype=torch.bool)
-        rows_B = torch.arange(len(places_BR), device=places_BR.device)
-        return torch.isin(rows_B[:, None] * self._num_items + places_BR, self._keys)
-
-    def first_unseen(self, places_BR: Tensor, count: int) -> Tensor:
-        """The places with all but the first `count` unseen ones of each row made -1."""
-        unseen = ~self.holds(places_BR)
-        return torch.where(unseen & (unseen.cumsum(1) <= count), places_BR, -1)
+        rows = torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())
+        return cls(rows[known], places[known])
 
     def repeated(self, times: int) -> History:
         """The history of each row `times` times in a row."""
         steps = torch.arange(times, device=self.rows_S.device)
-        rows = (self.rows_S[:, None] * times + steps).flatten()
-        return History(rows, self.places_S.repeat_interleave(times), len(self.lengths_B) * times, self._num_items)
+        return History((self.rows_S[:, None] * times + steps).flatten(), self.places_S.repeat_interleave(times))
+
+    def hide(self, values_BX: Tensor) -> Tensor:
+        """The values, in their place, with -inf for what has been seen."""
+        values_BX[self.rows_S, self.places_S] = _NOTHING
+        return values_BX
+
+    def holds(self, places_BR: Tensor, num_items: int) -> Tensor:
+        """Whether each place is in its row's history."""
+        rows_B = torch.arange(len(places_BR), device=places_BR.device)
+        return torch.isin(rows_B[:, None] * num_items + places_BR, self.rows_S * num_items + self.places_S)
+
+    def longest(self) -> int:
+        return int(torch.bincount(self.rows_S).max()) if len(self.rows_S) else 0
 
 
-def _best_places(queries_BD: Tensor, vectors_XD: Tensor, k: int) -> Tensor:
-    """Places (B, min(k, X)) of the largest inner products, best first."""
-    return torch.topk(queries_BD @ vectors_XD.T, min(k, len(vectors_XD)), dim=1).indices
+def _best_places(queries_BD: Tensor, vectors_XD: Tensor, k: int, history: History | None = None) -> Tensor:
+    """Places (B, min(k, X)) of the largest inner products, best first; -1 where the history leaves none."""
+    products_BX = queries_BD @ vectors_XD.T
+    if history is None:
+        return torch.topk(products_BX, min(k, len(vectors_XD)), dim=1).indices
+    values, places = torch.topk(history.hide(products_BX), min(k, len(vectors_XD)), dim=1)
+    return torch.where(values > _NOTHING, places, -1)
 
 
 class MoLNaiveTopK(TwoStageTopK):
@@ -195,14 +194,12 @@ class MoLNaiveTopK(TwoStageTopK):
         batch, width, _ = queries.components.shape
         flat = queries.components.flatten(0, 1).to(self.items.components.dtype)
         each = history.repeated(width)
-        found = [
-            each.first_unseen(self._search(component, flat, self.k_g + history.longest), self.k_g)
-            for component in range(self.items.components.shape[1])
-        ]
+        found = [self._search(component, flat, each) for component in range(self.items.components.shape[1])]
         return torch.cat([places.view(batch, width * places.shape[1]) for places in found], dim=1)
 
-    def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
-        return _best_places(queries_QD, self.items.components[:, component], k)
+    def _search(self, component: int, queries_QD: Tensor, history: History) -> Tensor:
+        """Places (Q, k_g) of the best unseen items, -1 where there are none."""
+        return _best_places(queries_QD, self.items.components[:, component], self.k_g, history)
 
     def products(self, queries: MoLQueries) -> int:
         return queries.components.shape[1]
@@ -234,9 +231,13 @@ class MoLNaiveFaissTopK(MoLNaiveTopK):
             index.nprobe = min(nprobe, cells)
             self._indexes.append(index)
 
-    def _search(self, component: int, queries_QD: Tensor, k: int) -> Tensor:
-        _, places = self._indexes[component].search(queries_QD.float().cpu().numpy(), min(k, len(self)))
-        return torch.from_numpy(places).to(queries_QD.device)
+    def _search(self, component: int, queries_QD: Tensor, history: History) -> Tensor:
+        # An index cannot leave out what a row has seen: as many more are asked for, and those seen taken out.
+        wanted = min(self.k_g + history.longest(), len(self))
+        _, found = self._indexes[component].search(queries_QD.float().cpu().numpy(), wanted)
+        places = torch.from_numpy(found).to(queries_QD.device)
+        unseen = (places >= 0) & ~history.holds(places, len(self))
+        return torch.where(unseen & (unseen.cumsum(1) <= self.k_g), places, -1)
 
     def index_bytes(self) -> int:
         """Vectors in fp32 and a number of eight bytes for each."""
@@ -252,8 +253,7 @@ class MoLAvgTopK(TwoStageTopK):
         self._means_XD = self.items.components.mean(dim=1)
 
     def candidates(self, queries: MoLQueries, history: History) -> Tensor:
-        places = _best_places(self._sums(queries), self._means_XD, self.m + history.longest)
-        return history.first_unseen(places, self.m)
+        return _best_places(self._sums(queries), self._means_XD, self.m, history)
 
     def _sums(self, queries: MoLQueries) -> Tensor:
         return queries.components.sum(dim=1).to(self._means_XD.dtype)
@@ -266,23 +266,24 @@ class MoLHIndexerTopK(MoLAvgTopK):
     """About `m` items whose first-stage product is above a threshold estimated from a sample of the items."""
 
     def candidates(self, queries: MoLQueries, history: History) -> Tensor:
-        products_BX = self._sums(queries) @ self._means_XD.T
+        products_BX = history.hide(self._sums(queries) @ self._means_XD.T)
         count = len(self)
         sample = products_BX[:, :: max(1, min(self.m, count) // _SAMPLED_ABOVE)]
-        wanted_B = (self.m + history.lengths_B).clamp(max=count)
         # The sample's share of what is wanted, and one more, as too few cannot be made up for later.
-        place_B = (wanted_B * sample.shape[1] // count + 1).clamp(max=sample.shape[1] - 1)
-        best = torch.topk(sample, int(place_B.max()) + 1, dim=1).values
-        rows, places = (products_BX >= best.gather(1, place_B[:, None])).nonzero(as_tuple=True)
+        place = self.m * sample.shape[1] // count + 1
+        passes = products_BX > _NOTHING
+        if place < sample.shape[1]:
+            passes &= products_BX >= torch.topk(sample, place + 1, dim=1).values[:, -1:]
+        rows, places = passes.nonzero(as_tuple=True)
         above_B = torch.bincount(rows, minlength=len(products_BX))
         column = torch.arange(len(rows), device=rows.device) - (above_B.cumsum(0) - above_B)[rows]
         # A threshold lets a little more through than is wanted; what is beyond the limit is dropped unsorted.
-        limit_B = (wanted_B.double() * _SLACK).long() + _SPARE
-        kept = column < limit_B[rows]
-        width = int(torch.minimum(above_B, limit_B).max())
+        limit = int(_SLACK * self.m) + _SPARE
+        kept = column < limit
+        width = max(1, min(int(above_B.max()), limit))
         found = torch.full((len(products_BX), width), -1, dtype=torch.int64, device=products_BX.device)
         found[rows[kept], column[kept]] = places[kept]
-        return torch.where(history.holds(found), -1, found)
+        return found
 
 
 class MoLFittedTopK(MoLAvgTopK):
@@ -300,8 +301,7 @@ class MoLFittedTopK(MoLAvgTopK):
         products = torch.einsum("bqd,bnxd->bnqx", q, _rows(components, near_BN).float())
         weights_BP = _ridge(products.flatten(2), self._scores(queries, near_BN).float())
         vectors = torch.einsum("bqx,bqd->bxd", weights_BP.view(len(q), *products.shape[2:]), q).flatten(1)
-        places = _best_places(vectors.to(components.dtype), components.flatten(1), self.m + history.longest)
-        return history.first_unseen(places, self.m)
+        return _best_places(vectors.to(components.dtype), components.flatten(1), self.m, history)
 
     def sampled(self, queries: MoLQueries) -> int:
         return min(_ITEMS_A_WEIGHT * queries.components.shape[1] * self.items.components.shape[1], len(self))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generative_recommenders.losses.negatives import NegativesSampler
 from generative_recommenders.losses.objective import Objective, TokenLosses
-from generative_recommenders.losses.pairs import drawn_items, gathered, pair_scores
+from generative_recommenders.losses.pairs import drawn_items, pair_scores, positive_losses
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.similarity.dot import Features, Similarity
 
@@ -33,6 +33,6 @@ class BCELoss(Objective):
         norm = self.l2_norm_eps if self.item_l2_norm else None
         items, places = drawn_items(ids, table_VD, similarity, draws, norm)
         positive, negative = pair_scores(queries, items, places, similarity, draws).unbind(dim=1)
-        auxiliary = similarity.pair_losses(queries, gathered(items, places[:, :1]), draws)
+        auxiliary = positive_losses(queries, items, places[:, :1], similarity, draws)
         losses_T = 0.5 * (F.softplus(-positive) + F.softplus(negative))
         return TokenLosses(losses_T, (negatives_T != positives_T).to(losses_T.dtype), auxiliary)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.losses.objective import Objective, TokenLosses
-from generative_recommenders.losses.pairs import gathered, in_blocks
+from generative_recommenders.losses.pairs import in_blocks, positive_losses
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.nn.outputs import l2_normalize
 from generative_recommenders.similarity.dot import DotProduct, Features, Similarity
@@ -64,5 +64,5 @@ class FullSoftmaxLoss(Objective):
 
         size = max(1, _BLOCK_LOGITS // self.catalog_X.numel())
         losses_T = in_blocks(block, size, (places_T, draws.keys_T, *queries), items)
-        auxiliary = similarity.pair_losses(queries, gathered(items, places_T[:, None]), draws)
+        auxiliary = positive_losses(queries, items, places_T[:, None], similarity, draws)
         return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)

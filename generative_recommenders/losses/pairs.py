@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.nn.outputs import l2_normalize
-from generative_recommenders.similarity.dot import Features, Similarity
+from generative_recommenders.similarity.dot import AuxiliaryLosses, Features, Similarity
 
 # Numbers that the gathered features of a block may hold: 128 MB in fp32.
 _BLOCK_NUMBERS = 1 << 25
@@ -57,10 +57,19 @@ def pair_scores(queries: Features, items: Features, places_TR: Tensor, similarit
     return in_blocks(block, size, (places_TR, draws.keys_T, *queries), items)
 
 
+def positive_losses(
+    queries: Features, items: Features, places_T1: Tensor, similarity: Similarity, draws: Draws
+) -> AuxiliaryLosses:
+    """The similarity's losses of queries and positives, in training."""
+    return similarity.pair_losses(queries, gathered(items, places_T1), draws) if similarity.training else {}
+
+
 def in_blocks(
     function: Callable[..., Tensor], size: int, sliced: tuple[Tensor, ...], shared: tuple[Tensor, ...]
 ) -> Tensor:
     """`function(*slices, *shared)` of each `size` rows of the tensors `sliced`, recomputed in backward, laid end to
     end."""
     blocks = zip(*(t.split(size) for t in sliced), strict=True)
-    return torch.cat([checkpoint(function, *block, *shared, use_reentrant=False) for block in blocks])
+    # Everything random is keyed: there is no state of a generator to keep.
+    parts = [checkpoint(function, *block, *shared, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.cat(parts)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generative_recommenders.losses.negatives import NegativesSampler
 from generative_recommenders.losses.objective import Objective, TokenLosses
-from generative_recommenders.losses.pairs import drawn_items, gathered, pair_scores
+from generative_recommenders.losses.pairs import drawn_items, pair_scores, positive_losses
 from generative_recommenders.nn.dropout import Draws
 from generative_recommenders.similarity.dot import DotProduct, Features, Similarity
 from ops.sampled_softmax import sampled_softmax_loss
@@ -67,5 +67,5 @@ class SampledSoftmaxLoss(Objective):
         collides = ids == positives_T[:, None]
         collides[:, 0] = False
         losses_T = -logits.masked_fill(collides, _COLLISION_LOGIT).log_softmax(dim=1)[:, 0]
-        auxiliary = similarity.pair_losses(queries, gathered(items, places[:, :1]), draws)
+        auxiliary = positive_losses(queries, items, places[:, :1], similarity, draws)
         return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)

@@ -58,6 +58,9 @@ class RatedFeatures(nn.Module):
         self.event_embeddings = nn.ModuleList(_rating_embedding(size, rating_dim) for size in sizes)
         columns = len(sizes) + (num_ratings is not None)
         self.mix = nn.Linear(dim + columns * rating_dim, dim)
+        # Keeps the scale of the embeddings, of which the default's biases would be many times the size.
+        nn.init.xavier_normal_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
 
     def forward(self, batch: SequenceBatch, items: ItemEmbedding) -> Tensor:
         """Unscaled features of every token, (T, D)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -32,6 +33,7 @@ from generative_recommenders.similarity.dot import DotProduct, Similarity
 from generative_recommenders.similarity.mol import MoL, MoLConfig, SimilarityOptions
 
 ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
+_LONGEST_NAME = 200
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
     "interaction_module_type main_module_bf16 filter_history eval_split "
@@ -105,7 +107,11 @@ class Plan:
         extras.append("" if e.input_features == "item" else e.input_features)
         extras += [f"ev{name}{number}" for name, number in sorted(e.event_columns.items())]
         extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
-        return "-".join(["_".join(parts), *(x for x in extras if x)])
+        name = "-".join(["_".join(parts), *(x for x in extras if x)])
+        if len(name) <= _LONGEST_NAME:
+            return name
+        # File systems take 255 bytes, and a date comes after this.
+        return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor) -> Objective:

@@ -96,9 +96,7 @@ class RetrievalModel(nn.Module):
         weights_T = tokens.weights_T * (batch.next_item_ids_T != 0)
         total = all_reduce_sum(weights_T.sum()).clamp(min=1.0)
         main = (tokens.losses_T * weights_T).sum() / total * world_size()
-        # Means over this rank's tokens, weighted by its share of all tokens.
-        share = batch.next_item_ids_T.numel() * world_size() / total
-        auxiliary = {name: value * share for name, value in (auxiliary | tokens.auxiliary).items()}
+        auxiliary = auxiliary | tokens.auxiliary
         loss = main
         for name, weight in self.loss_weights.items():
             loss = loss + weight * auxiliary[name]

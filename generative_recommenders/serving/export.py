@@ -54,7 +54,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> Path:
     recommender = Recommender.from_checkpoint(checkpoint)
     with whole_folder(folder) as partial:
         for file in sorted(checkpoint.path.iterdir()):
-            if file.name not in _NOT_SERVED:
+            if file.is_file() and file.name not in _NOT_SERVED:
                 shutil.copyfile(file, partial / file.name)
         save_file(item_index(recommender.model), partial / INDEX_FILE, metadata=_description(recommender))
     return folder

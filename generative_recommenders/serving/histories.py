@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from generative_recommenders.data.errors import DataError
-from generative_recommenders.data.tables import TIME_LIMIT
+from generative_recommenders.data.tables import TIME_LIMIT, column_names, read_delimited
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     readers: dict[str, Any] = {
         ".parquet": pd.read_parquet,
-        ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False),
+        ".csv": _read_csv,
         ".json": lambda p: pd.read_json(p, dtype=False),
         ".jsonl": lambda p: pd.read_json(p, dtype=False, lines=True),
     }
@@ -60,11 +61,21 @@ def read_table(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: no such file; expected histories with a column item_ids")
     try:
         table: pd.DataFrame = readers[path.suffix](path)
+    except DataError:
+        raise
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
     if table.empty:
         raise DataError(f"{path}: got no rows, expected one row a user")
     return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Cells as text. A list without quotes has more cells than the header, which pandas alone would guess at."""
+    content = pa.py_buffer(path.read_bytes())
+    names = column_names(content, ",")
+    read_delimited(content, dict.fromkeys(names, pa.string()), where=str(path), nullable=names)
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def read_histories(path: Path, event_columns: Iterable[str] = ()) -> Histories:

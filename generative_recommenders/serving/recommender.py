@@ -109,6 +109,8 @@ class Recommender:
         users = [u for u, kept in enumerate(known) if kept]
         if not users:
             example = next((ids[0] for ids in histories.raw_item_ids if ids), None)
+            if example is None:
+                raise DataError("histories: got no items in any row, expected at least one; fill the column item_ids")
             raise DataError(
                 f"histories: none of the items is known to the model (first: {example!r}); expected raw ids such as "
                 f"{self.catalog.raw_ids[0]!r}"

@@ -23,7 +23,11 @@ class Similarity(nn.Module):
     def project_queries(
         self, queries_TD: Tensor, user_ids_T: Tensor, draws: Draws | None
     ) -> tuple[Features, AuxiliaryLosses]:
-        """Features of T queries and the auxiliary losses that depend on queries alone; draws None is evaluation."""
+        """Features of T queries and, in training, the auxiliary losses that depend on queries alone.
+
+        Auxiliary losses are those of all ranks' queries, with gradients as `global_sum` gives them. draws None is
+        evaluation.
+        """
         return (queries_TD,), {}
 
     def project_items(self, items_XD: Tensor, item_ids_X: Tensor, draws: Draws | None) -> Features:
@@ -38,7 +42,7 @@ class Similarity(nn.Module):
         return torch.einsum("td,trd->tr", queries_TD, embeddings)
 
     def pair_losses(self, queries: Features, positives: Features, draws: Draws | None) -> AuxiliaryLosses:
-        """Auxiliary losses of the pairs of each query with its positive, features (T, 1, ...)."""
+        """In training, the auxiliary losses of the pairs of each query with its positive, features (T, 1, ...)."""
         return {}
 
 

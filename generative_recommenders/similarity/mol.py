@@ -10,9 +10,11 @@ alone, and two auxiliary losses,
     mi_loss               = mean H(pi) - H(mean pi)      over the pairs of queries and positives, H of log(pi + 1e-6)
 
 Differences from the public code: an item is projected once a step, so that the dropout of its embedding is drawn once
-a step and item and not for each pair, and memory does not grow with pairs; all dropouts are keyed, so that ranks and
-resumed runs agree; user ids that the hash has no place for are unknown users and have a zero component. Kept, for the
-scale the published models start from: every matrix, the gated units' biases and the user tables start Xavier-normal.
+a step and item and not for each pair, and memory does not grow with pairs; all dropouts are keyed and both losses are
+those of all ranks' tokens, so that ranks and resumed runs agree; bfloat16 is that of the projections alone, as rounded
+unit vectors move gradients by several per cent; user ids that the hash has no place for are unknown users and have a
+zero component. Kept, for the scale the published models start from: every matrix, the gated units' biases and the user
+tables start Xavier-normal.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.config import configurable
+from generative_recommenders.distributed.runtime import all_reduce_sum, global_sum
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
 from generative_recommenders.nn.outputs import l2_normalize
 from generative_recommenders.similarity.dot import AuxiliaryLosses, Features, Similarity
@@ -137,8 +140,8 @@ class MoLConfig:
 @configurable("get_similarity_function")
 @dataclass(frozen=True)
 class SimilarityOptions:
-    """bf16_training: compute a learned similarity in bfloat16; activation_checkpoint: recompute its projections in
-    backward instead of keeping their activations (pairs are always recomputed)."""
+    """bf16_training: project both sides of a learned similarity in bfloat16; activation_checkpoint: recompute its
+    projections in backward instead of keeping their activations (pairs are always recomputed)."""
 
     bf16_training: bool = False
     activation_checkpoint: bool = False
@@ -212,22 +215,24 @@ class MoL(Similarity):
             users = [self._user_component(n, user_ids_T, draws) for n in range(len(self.user_components))]
             if users:
                 parts = torch.cat([parts, *(used[:, None].to(parts.dtype) for used, _ in users)], dim=1)
-                auxiliary["uid_embedding_l2_norm"] = torch.stack([norm for _, norm in users]).sum()
-            gate = () if self.query_gate is None else (self.query_gate(queries_TD),)
+                if self.training:
+                    norms = torch.stack([embedded.square().sum() for _, embedded in users]).sum()
+                    auxiliary["uid_embedding_l2_norm"] = global_sum(norms) / _everybodys(len(user_ids_T), norms)
+            gate = () if self.query_gate is None else (self.query_gate(queries_TD).float(),)
         return (self._normalized(parts), *gate), auxiliary
 
     def _user_component(self, table: int, user_ids_T: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """The component after dropout and before it, (T, D_P)."""
         rows = self.user_components[table]
         known = user_ids_T >= 0
         places = torch.where(known, user_ids_T % (rows.shape[0] - 1) + 1, 0)
         embedded = F.embedding(places, rows) * known[:, None]
-        norm = embedded.square().sum(-1).mean() if len(places) else embedded.sum()
         dropout = KeyedDropout(self.config.uid_dropout_rate, _USERS + table)
         dropout.train(self.training)
         if self.config.uid_embedding_level_dropout:
             ones = torch.ones_like(embedded[:, :1])
-            return embedded * (dropout(ones, draws) > 0), norm
-        return dropout(embedded, draws), norm
+            return embedded * (dropout(ones, draws) > 0), embedded
+        return dropout(embedded, draws), embedded
 
     def project_items(self, items_XD: Tensor, item_ids_X: Tensor, draws: Draws | None) -> Features:
         keyed = None if draws is None else Draws(draws.seed, item_ids_X)
@@ -240,18 +245,17 @@ class MoL(Similarity):
         with self._precision(items_XD):
             parts = self.item_components(self.item_dropout(items_XD, keyed))
             parts = parts.unflatten(-1, (-1, self.config.dot_product_dimension))
-            gate = () if self.item_gate is None else (self.item_gate(self.item_gate_dropout(items_XD, keyed)),)
+            gate = () if self.item_gate is None else (self.item_gate(self.item_gate_dropout(items_XD, keyed)).float(),)
         return (self._normalized(parts), *gate)
 
     def score(self, queries: Features, items: Features, draws: Draws | None) -> Tensor:
-        scores = mol_score(
+        return mol_score(
             MoLQueries(*queries),
             MoLItems(*items),
             self.pair_gate(),
             temperature=self.config.temperature,
             dropout=self._pair_dropout(draws),
         )
-        return scores.float() if self.bf16 else scores
 
     def pair_losses(self, queries: Features, positives: Features, draws: Draws | None) -> AuxiliaryLosses:
         _, mean_P, entropy = mol_score_with_mixture(
@@ -261,6 +265,10 @@ class MoL(Similarity):
             temperature=self.config.temperature,
             dropout=self._pair_dropout(draws),
         )
+        # The entropy of a mean is no mean over ranks: the sums of all come first.
+        pairs = len(queries[0])
+        total = _everybodys(pairs, mean_P)
+        mean_P, entropy = global_sum(mean_P * pairs) / total, global_sum(entropy * pairs) / total
         return {"mi_loss": entropy + (mean_P * torch.log(mean_P + _ENTROPY_EPS)).sum()}
 
     def pair_gate(self) -> MoLGate:
@@ -279,10 +287,16 @@ class MoL(Similarity):
         return MoLDropout(draws.stream(_PAIRS), *rates, row_keys=draws.keys_T)
 
     def _normalized(self, parts: Tensor) -> Tensor:
+        parts = parts.float()
         return l2_normalize(parts, self.config.eps) if self.config.dot_product_l2_norm else parts
 
     def _precision(self, tensor: Tensor) -> torch.autocast:
         return torch.autocast(tensor.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def _everybodys(count: int, like: Tensor) -> Tensor:
+    """The count of all ranks together, at least 1."""
+    return all_reduce_sum(like.new_tensor(float(count))).clamp(min=1.0)
 
 
 def _gate(dim: int, hidden: int, pairs: int) -> nn.Sequential:

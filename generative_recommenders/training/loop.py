@@ -41,22 +41,31 @@ class Diverged(UserError):
 
 
 class Interrupted(Exception):
-    """SIGTERM arrived; the state was saved."""
+    """SIGTERM or Ctrl-C arrived; the state was saved. `by_hand` is Ctrl-C."""
+
+    def __init__(self, message: str, by_hand: bool) -> None:
+        super().__init__(message)
+        self.by_hand = by_hand
 
 
 class StopSignal:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second Ctrl-C does not wait."""
 
     def __init__(self) -> None:
         self.received = False
+        self.by_hand = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopSignal]:
         def note(number: int, frame: FrameType | None) -> None:
-            self.received = True
+            if self.by_hand and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.received, self.by_hand = True, number == signal.SIGINT
 
+        numbers = (signal.SIGTERM, signal.SIGINT)
         try:
-            previous = signal.signal(signal.SIGTERM, note)
+            # A shell without job control has its background commands ignore SIGINT, and so it stays.
+            previous = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         except ValueError:
             # Only the main thread may set handlers; a loop run elsewhere cannot be stopped this way.
             yield self
@@ -64,7 +73,8 @@ class StopSignal:
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 @dataclass
@@ -88,7 +98,7 @@ class Trainer:
         """Train to the end and return the reported evaluation.
 
         Raises:
-            Interrupted: SIGTERM arrived; a checkpoint of this very step was saved.
+            Interrupted: SIGTERM or Ctrl-C arrived; a checkpoint of this very step was saved.
             Diverged: a loss was not finite; the message names the step and the last checkpoint.
         """
         self.optimizer = adamw(self.task.model, self.settings.learning_rate, self.settings.weight_decay)
@@ -262,4 +272,6 @@ class Trainer:
         if self.runtime.any(self.stop.received):
             if not saved:
                 self._save()
-            raise Interrupted(f"stopped by SIGTERM at step {self.progress.step}; checkpoint in {self.folder.folder}")
+            name = "Ctrl-C" if self.stop.by_hand else "SIGTERM"
+            message = f"stopped by {name} at step {self.progress.step}; checkpoint in {self.folder.folder}"
+            raise Interrupted(message, self.stop.by_hand)

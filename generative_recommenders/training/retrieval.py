@@ -18,7 +18,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
-from generative_recommenders.evaluation.metrics import METRIC_NAMES, mean_metrics
+from generative_recommenders.evaluation.metrics import LIKED_SUFFIX, METRIC_NAMES, mean_metrics
 from generative_recommenders.evaluation.retrieval import Evaluation, evaluate, mean_target_loss, rank_targets
 from generative_recommenders.retrieval.assemble import (
     Plan,
@@ -68,6 +68,11 @@ class RetrievalExperiment:
         self.runtime = runtime
         e = self.plan.experiment
         self.dataset = PreparedDataset.load(places.data_dir, e.dataset_name, sorted(e.event_columns))
+        if self.dataset.explicit and metric.endswith(LIKED_SUFFIX):
+            raise ConfigError(
+                f"train_fn.early_stopping_metric: got {metric!r}, expected one of all targets: the ratings of "
+                f"{e.dataset_name!r} are event types; try 'ndcg@10'"
+            )
         require_ratings(e, self.dataset)
         require_events(e, self.dataset)
         self.splits = Splits.of(self.plan.experiment, self.dataset)
@@ -93,13 +98,18 @@ class RetrievalExperiment:
 
     def evaluate(self, model: RetrievalModel, split: str, limit: int | None = None) -> Evaluation:
         e = self.plan.experiment
-        return evaluate(
+        evaluation = evaluate(
             model,
             self.batches(split, limit),
             self.runtime,
             filter_history=e.filter_history,
             max_rows=e.eval_user_max_batch_size,
         )
+        return replace(evaluation, metrics=self._meant(evaluation.metrics))
+
+    def _meant(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Without those over liked targets, where ratings are codes of event types."""
+        return {n: value for n, value in metrics.items() if not (self.dataset.explicit and n.endswith(LIKED_SUFFIX))}
 
     @property
     def followed_split(self) -> str:
@@ -280,7 +290,7 @@ class RetrievalExperiment:
             model.eval()
             ranks = rank_targets(model, model.top_k(e.eval_user_max_batch_size), batch, e.filter_history)
             model.train()
-            return mean_metrics(ranks.cpu(), batch.target_ratings_B.cpu())
+            return self._meant(mean_metrics(ranks.cpu(), batch.target_ratings_B.cpu()))
 
         return Task(
             model=model,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from generative_recommenders.data.folders import lock_file
 from generative_recommenders.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -100,15 +100,9 @@ def _new_run(group: Path, name: str) -> Run:
 def lock_folder(folder: Path) -> int | None:
     """An open file that locks `folder` until nobody has it open any more, or None where another process holds it."""
     try:
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        return lock_file(folder / _LOCK)
     except OSError as error:
         raise disk_error(error, folder / _LOCK) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def _identity_of(folder: Path) -> str | None:
@@ -142,6 +136,10 @@ def find_checkpoint(path: Path, prefer_best: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: there is none.
     """
+    if not path.exists():
+        raise CheckpointError(
+            f"checkpoint {path}: no such folder; expected a run folder or one of its checkpoints/step-*"
+        )
     if (path / "state.json").exists():
         return Checkpoint.open(path)
     folder = CheckpointFolder(path / "checkpoints")

@@ -4,8 +4,9 @@ The published formula is `int(clamp(f(max(d, 1e-6) / unit), 0, num_buckets))` in
 natural logarithm, d = query time - event time. Its value near a bucket's edge depends on the device's division, root
 and logarithm, and on how float32 rounds d. Here bucket b >= 1 starts at the first whole d with f(d / unit) >= b in
 exact arithmetic, ceil(unit b^2) or ceil(unit e^b), so that every device agrees. In minutes the two differ from
-d = 8,893,499 seconds on for the root and 486,185 for the logarithm, and only where d is within 6e-7 of an edge,
-relatively. Without elapsed time, or with less than none, the bucket is 0, as the clamp at 1e-6 makes it.
+d = 8,893,499 seconds on for the root and 486,185 for the logarithm, where float32 is correctly rounded, and only where
+d is within float32's rounding of an edge: 4 roundings for the root; for the logarithm 2 and the unit in the last place
+of f. Without elapsed time, or with less than none, the bucket is 0, as the clamp at 1e-6 makes it.
 """
 
 from __future__ import annotations

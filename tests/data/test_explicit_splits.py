@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,3 +100,15 @@ def test_the_fingerprint_covers_every_split(folder: Path) -> None:
     table = pq.read_table(path)
     pq.write_table(table.slice(0, 1), path)
     assert PreparedDataset.load(folder.parent, "merlin").fingerprint != before
+
+
+def test_the_fingerprint_is_of_events_users_and_splits(folder: Path) -> None:
+    dataset = PreparedDataset.load(folder.parent, "merlin")
+    others = [
+        replace(dataset, split_rows={"train": (0, 1), "valid": (1, 3), "test": (3, 5)}),
+        replace(dataset, user_ids_U=dataset.user_ids_U.flip(0)),
+        replace(dataset, ratings_E=dataset.ratings_E + 0.5),
+        replace(dataset, timestamps_E=dataset.timestamps_E + 1),
+        replace(dataset, item_ids_E=dataset.item_ids_E.flip(0)),
+    ]
+    assert len({d.fingerprint for d in (dataset, *others)}) == 6

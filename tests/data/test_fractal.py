@@ -198,3 +198,11 @@ def test_statistics_by_hand() -> None:
     items = [row for row in rows if row["curve"] == "item_popularity"]
     assert [(row["rank"], row["count"]) for row in items] == [(1, 3), (2, 2), (3, 1)]
     assert [row["rank_fraction"] for row in items] == [1 / 3, 2 / 3, 1]
+
+
+def test_a_block_keeps_neither_everything_nor_nothing() -> None:
+    ratings = small_ratings(users=60, items=50)
+    expansion = Expansion(ratings, small_settings(), pattern=np.array([[0.0, 1.0, 0.5], [1.0, 0.0, 0.25]]))
+    wanted = np.maximum(1, np.rint(np.array([[0.001, 0.995, 0.5], [0.995, 0.001, 0.25]]) * ratings.num_events))
+    np.testing.assert_array_equal(expansion.block_events, wanted)
+    assert expansion.block_events.max() < ratings.num_events

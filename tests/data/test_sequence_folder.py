@@ -341,3 +341,10 @@ def test_days_of_beauty_tie_and_only_ties_are_shuffled(shared_dir: Path, tmp_pat
     for items_of in (before, after):
         order = np.lexsort((items_of, days, users))
         assert np.array_equal(items_of[order], before[np.lexsort((before, days, users))])
+
+
+def test_without_times_there_are_no_ties_to_shuffle(raw: Path) -> None:
+    (raw / "interactions.parquet").unlink()
+    with pytest.raises(DataError, match="--shuffle_ties: custom has no times"):
+        prepared(raw, shuffle_ties=3)
+    assert not (raw.parent / "out").exists()

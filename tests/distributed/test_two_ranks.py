@@ -15,6 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 # 57 users in steps of 16: the last step has 9, an uneven share, and dropout and negatives are on.
 USERS = 57
 
+MOL = [
+    "train_fn.interaction_module_type = 'MoL'",
+    "train_fn.top_k_method = 'MoLBruteForceTopK'",
+    "create_mol_interaction_module.dot_product_dimension = 4",
+    "create_mol_interaction_module.query_dot_product_groups = 3",
+    "create_mol_interaction_module.item_dot_product_groups = 2",
+    "create_mol_interaction_module.temperature = 0.5",
+    "create_mol_interaction_module.query_dropout_rate = 0.1",
+    "create_mol_interaction_module.query_hidden_dim = 8",
+    "create_mol_interaction_module.item_dropout_rate = 0.1",
+    "create_mol_interaction_module.item_hidden_dim = -1",
+    "create_mol_interaction_module.gating_query_hidden_dim = 4",
+    "create_mol_interaction_module.gating_qi_hidden_dim = 4",
+    "create_mol_interaction_module.gating_item_hidden_dim = 4",
+    "create_mol_interaction_module.softmax_dropout_rate = 0.2",
+    "create_mol_interaction_module.uid_embedding_hash_sizes = [20, 30]",
+]
+
 
 def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict], dict]:
     exps = tmp_path / f"exps{world_size}"
@@ -58,8 +76,15 @@ def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict]
             "train_fn.logq_correction = True",
             "train_fn.eval_split = 'valid'",
         ],
+        [
+            "train_fn.main_module = 'SASRec'",
+            "train_fn.sampling_strategy = 'local'",
+            # Weights at which a loss of a rank's own tokens would show.
+            "train_fn.loss_weights = {'mi_loss': 1.0, 'uid_embedding_l2_norm': 1.0}",
+            *MOL,
+        ],
     ],
-    ids=["hstu-local", "sasrec-in-batch-valid"],
+    ids=["hstu-local", "sasrec-in-batch-valid", "sasrec-mol"],
 )
 def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)

@@ -252,3 +252,27 @@ def test_faiss_that_searches_every_cell_is_the_plain_search() -> None:
     wanted = build("MoLNaiveTopK5")[1](queries, 5)
     for found, expected in zip(module(queries, 5), wanted, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["MoLHIndexerTopK1000", "MoLAvgTopK1000", "MoLFittedTopK1000"])
+def test_as_many_as_there_are_leave_nothing_out(name: str) -> None:
+    """In a catalogue so large that the threshold comes from a sample."""
+    g = torch.Generator().manual_seed(5)
+    queries = MoLQueries(torch.randn(4, P_Q, WIDTH, generator=g))
+    items = MoLItems(torch.randn(1000, P_X, WIDTH, generator=g))
+    gate = sides(gated=False)[2]
+    _, ids = top_k_by_name(name)(items, gate, 0.5, torch.arange(1, 1001))(queries, 1000)
+    assert torch.equal(ids.sort(dim=1).values, torch.arange(1, 1001).expand(4, -1))
+
+
+def test_each_product_finds_as_many_whatever_was_seen() -> None:
+    queries, module = build("MoLNaiveTopK3")
+    offsets, history = seen()
+    for row in range(QUERIES):
+        own = history[offsets[row] : offsets[row + 1]]
+        left = (~torch.isin(IDS, own)).nonzero().flatten()
+        components, items = queries.components[row], module.items.components[left]
+        best = torch.einsum("nd,xmd->nmx", components, items).topk(3, dim=-1).indices
+        wanted = set(IDS[left[best.flatten()]].tolist())
+        found = module(queries, ITEMS, offsets, history)[1][row]
+        assert set(found[found > 0].tolist()) == wanted

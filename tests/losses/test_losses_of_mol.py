@@ -119,3 +119,23 @@ def test_no_tokens_give_no_losses_but_a_graph(name: str) -> None:
     result = OBJECTIVES[name](features, nobody, table, model, draws)
     (result.losses_T.sum() + sum((auxiliary | result.auxiliary).values())).backward()
     assert result.losses_T.numel() == 0 and bool(torch.isfinite(table.grad).all())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_auxiliary_loss_is_that_of_the_positives(name: str) -> None:
+    model = mol()
+    result, _ = run(OBJECTIVES[name], model)
+    queries, positives, table, users = inputs()
+    features = model.project_queries(queries, users, DRAWS)[0]
+    rows = F.normalize(table[positives], eps=1e-6) if name.endswith("norm") else table[positives]
+    items = model.project_items(rows, positives, DRAWS)
+    wanted = model.pair_losses(features, tuple(f[:, None] for f in items), DRAWS)
+    torch.testing.assert_close(result.auxiliary["mi_loss"], wanted["mi_loss"])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_evaluation_has_no_auxiliary_losses(name: str) -> None:
+    model = mol().eval()
+    queries, positives, table, users = inputs()
+    features, auxiliary = model.project_queries(queries, users, None)
+    assert auxiliary == OBJECTIVES[name](features, positives, table, model, DRAWS).auxiliary == {}

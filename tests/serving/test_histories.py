@@ -31,3 +31,12 @@ def test_times_in_range_are_exact(tmp_path: Path) -> None:
     histories = read_histories(path)
     assert histories.timestamps == [[-largest, largest]]
     assert histories.request_timestamps == [largest]
+
+
+def test_a_list_without_quotes_is_not_guessed_at(tmp_path: Path) -> None:
+    path = tmp_path / "histories.csv"
+    path.write_text("item_ids\n1,2,3\n4,5,6\n")
+    with pytest.raises(DataError, match=r"histories\.csv, (row 1|line 2): got 3 .*expected 1"):
+        read_histories(path)
+    path.write_text('item_ids\n"1,2,3"\n\n4\n')
+    assert read_histories(path).raw_item_ids == [["1", "2", "3"], ["4"]]

@@ -231,3 +231,16 @@ def test_the_short_name_tells_configurations_apart() -> None:
     config = MoLConfig(**SMALL)
     assert config.describe() == "3x2x6-t0.5-d0.0-l2-q8d0.0geglu-id0.0-gq7-gi5d0.0-gqi9d0.0-x-glu_silu"
     assert dataclasses.replace(config, uid_embedding_hash_sizes=[9]).describe().endswith("-uids9d0.5")
+
+
+def test_items_and_user_tables_drop_features_of_their_own() -> None:
+    model = small(item_dropout_rate=0.5, uid_embedding_hash_sizes=[5, 5], uid_dropout_rate=0.5)
+    draws = Draws(3, torch.arange(50))
+    ones = torch.ones(50, 10)
+    dropped = model.item_dropout(ones, Draws(3, torch.arange(50)))
+    assert len(dropped.unique(dim=0)) > 40
+    parts = model.project_queries(ones, torch.zeros(50, dtype=torch.int64), draws)[0][0]
+    first, second = parts[:, 1] == 0, parts[:, 2] == 0
+    assert 0.3 < first.float().mean() < 0.7 and bool((first != second).any())
+    # Items are projected with masks of their own as well: the same embedding gives different features.
+    assert len(model.project_items(ones, torch.arange(50), draws)[0].flatten(1).unique(dim=0)) > 40

@@ -118,8 +118,11 @@ def test_choosing_a_run(tmp_path: Path) -> None:
     os.close(by_name.lock or -1)
     by_checkpoint = choose_run(tmp_path, "model", "other", str(first.folder / "checkpoints" / "step-00000005"))
     assert (by_checkpoint.folder, by_checkpoint.checkpoint) == (by_name.folder, by_name.checkpoint)
-    with pytest.raises(CheckpointError, match="without checkpoints"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         choose_run(tmp_path, "model", "identity", str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="without checkpoints"):
+        choose_run(tmp_path, "model", "identity", str(tmp_path / "empty"))
     assert newest_run(tmp_path, "identity") == first.folder and newest_run(tmp_path, "other") is None
 
 

@@ -47,8 +47,9 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
     assert not leftovers
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("moment", ["first step", "during evaluation"])
-def test_sigterm_saves_and_exits_zero(tmp_path: Path, moment: str) -> None:
+def test_a_stop_saves_and_says_who_asked(tmp_path: Path, moment: str, number: str) -> None:
     code = f"""
 import os, signal, sys
 sys.path.insert(0, {str(DRIVER.parents[2])!r})
@@ -64,23 +65,23 @@ moment = {moment!r}
 if moment == "first step":
     step = loop.Trainer._step
     def stopping(self, batch):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.{number})
         return step(self, batch)
     loop.Trainer._step = stopping
 else:
     evaluate = retrieval.evaluate
     def stopping(*a, **k):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.{number})
         return evaluate(*a, **k)
     retrieval.evaluate = stopping
 try:
     resume_driver.train(folder, "exps")
 except loop.Interrupted as stopped:
-    print("STOPPED", stopped)
+    print("STOPPED", stopped.by_hand, stopped)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "STOPPED" in done.stdout
+    assert f"STOPPED {number == 'SIGINT'}" in done.stdout
     (state,) = (json.loads(p.read_text()) for p in tmp_path.glob("exps/*/*/checkpoints/step-*/state.json"))
     progress = state["progress"]
     assert (progress["epoch"], progress["batch"]) == ((0, 1) if moment == "first step" else (1, 0))

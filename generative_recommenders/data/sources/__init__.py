@@ -92,10 +92,10 @@ class Source(ABC):
                 if not (folder / file).exists():
                     download(urls, folder / file, remedy=f"put it at {folder / file}")
             return folder
+        if not self.urls:
+            raise DataError(f"--raw: dataset {self.name!r} cannot be downloaded; name its file with --raw=FILE")
         target = data_dir / self.file_name
         if not target.exists():
-            if not self.urls:
-                raise DataError(f"--raw: dataset {self.name!r} cannot be downloaded; name its file with --raw=FILE")
             download(self.urls, target)
         return target
 
