@@ -53,8 +53,8 @@ def _start_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
+    from generative_recommenders.training.experiment import Places, experiment_of
     from generative_recommenders.training.loop import Interrupted
-    from generative_recommenders.training.retrieval import Places, RetrievalExperiment, test_line
     from generative_recommenders.training.runs import find_checkpoint
 
     files = list(arguments.gin_config_file)
@@ -67,25 +67,20 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
             "--gin_config_file: not given; try --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
         )
     config = load(files, arguments.gin_bindings)
-    experiment = RetrievalExperiment(config, Places(arguments.data_dir, arguments.exps_dir), here)
-    if arguments.dry_run:
-        logger.info("%s", experiment.dry_run())
-        return 0
-    if arguments.mode == "evaluate":
-        evaluation = experiment.evaluate_checkpoint(arguments.checkpoint, arguments.split, arguments.top_k_method)
-        for name, value in evaluation.metrics.items():
-            logger.info("%-12s %.4f", name, value)
-        label = "TEST" if arguments.split == "test" else "VALID"
-        logger.info("%s", test_line(evaluation, arguments.split).replace("TEST", label, 1))
-        return 0
+    experiment = experiment_of(config, Places(arguments.data_dir, arguments.exps_dir), here)
     try:
-        evaluation, folder = experiment.train()
+        if arguments.dry_run:
+            lines = [experiment.dry_run()]
+        elif arguments.mode == "evaluate":
+            lines = experiment.report(arguments.checkpoint, arguments.split, arguments.top_k_method)
+        else:
+            lines = experiment.run()
     except Interrupted as stopped:
         logger.info("%s; the same command continues", stopped)
         return 130 if stopped.by_hand else 0
     if here.is_main:
-        logger.info("curves: tensorboard --logdir %s", folder.parent)
-        logger.info("%s", test_line(evaluation, "test"))
+        for line in lines:
+            logger.info("%s", line)
     return 0
 
 

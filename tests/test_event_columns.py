@@ -24,7 +24,8 @@ from generative_recommenders.retrieval.config import RetrievalConfig
 from generative_recommenders.serving.demo import history_of
 from generative_recommenders.serving.histories import Histories, read_histories
 from generative_recommenders.serving.recommender import Recommender
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.retrieval import RetrievalExperiment
 from generative_recommenders.training.runs import find_checkpoint
 from tests.batches import batch as random_batch
 from tests.toy import ID_STEP, NUM_ITEMS, raw_id, write_toy_dataset

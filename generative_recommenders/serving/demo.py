@@ -23,8 +23,9 @@ from generative_recommenders.distributed.runtime import Runtime, runtime
 from generative_recommenders.errors import one_line, run_cli
 from generative_recommenders.serving.histories import Histories
 from generative_recommenders.serving.recommender import Recommender
+from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.loop import Interrupted
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment, test_line
+from generative_recommenders.training.retrieval import RetrievalExperiment, test_line
 from generative_recommenders.training.runs import find_checkpoint
 
 logger = logging.getLogger(__name__)

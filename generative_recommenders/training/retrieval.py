@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from generative_recommenders.retrieval.assemble import (
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError, Progress, disk_error
 from generative_recommenders.training.environment import environment
+from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.loop import Trainer
 from generative_recommenders.training.reporting import Reporter
 from generative_recommenders.training.runs import Run, choose_run, find_checkpoint, newest_run
@@ -43,14 +44,6 @@ logger = logging.getLogger(__name__)
 
 # Bindings that do not change what is computed, so a run may be continued under other values of them.
 _NOT_IDENTITY = ("train_fn.resume", "create_data_loader.num_workers", "create_data_loader.prefetch_factor")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders given on the command line."""
-
-    data_dir: Path
-    exps_dir: Path
 
 
 class RetrievalExperiment:
@@ -120,6 +113,16 @@ class RetrievalExperiment:
         """The evaluation with the mean loss of the targets among its metrics."""
         loss = mean_target_loss(model, self.batches(split), self.runtime, self.plan.experiment.random_seed)
         return replace(evaluation, metrics=evaluation.metrics | {"loss": loss})
+
+    def run(self) -> list[str]:
+        """Train; the lines that follow the last epoch's."""
+        evaluation, folder = self.train()
+        return [f"curves: tensorboard --logdir {folder.parent}", test_line(evaluation, "test")]
+
+    def report(self, checkpoint: Path | None, split: str, top_k_method: str | None) -> list[str]:
+        """Evaluate; every metric, then the closing line."""
+        evaluation = self.evaluate_checkpoint(checkpoint, split, top_k_method)
+        return [*(f"{n:<12} {v:.4f}" for n, v in evaluation.metrics.items()), test_line(evaluation, split)]
 
     def train(self) -> tuple[Evaluation, Path]:
         """Train to the end; returns the reported evaluation and the run's folder."""
@@ -371,4 +374,5 @@ def _configure_precision(enable_tf32: bool) -> None:
 
 def test_line(evaluation: Evaluation, split: str) -> str:
     """The line a run ends with."""
-    return f"TEST eval: {evaluation.summary()} ({split}, {evaluation.num_users} users, {evaluation.seconds:.1f}s)"
+    measured = f"{split}, {evaluation.num_users} users, {evaluation.seconds:.1f}s"
+    return f"{split.upper()} eval: {evaluation.summary()} ({measured})"

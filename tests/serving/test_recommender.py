@@ -13,7 +13,8 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import runtime
 from generative_recommenders.serving.histories import Histories
 from generative_recommenders.serving.recommender import Recommender, check_output, write_recommendations
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.retrieval import RetrievalExperiment
 from generative_recommenders.training.runs import find_checkpoint
 from tests.toy import NUM_ITEMS, raw_id, write_toy_dataset
 

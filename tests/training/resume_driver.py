@@ -20,7 +20,8 @@ import torch
 
 from generative_recommenders.config import load
 from generative_recommenders.distributed.runtime import runtime
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.retrieval import RetrievalExperiment
 from tests.toy import write_toy_dataset
 
 BINDINGS = [

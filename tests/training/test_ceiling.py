@@ -11,7 +11,8 @@ from generative_recommenders.config import load
 from generative_recommenders.data import sources
 from generative_recommenders.data.preprocess import prepare
 from generative_recommenders.distributed.runtime import Runtime
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.retrieval import RetrievalExperiment
 
 BINDINGS = [
     "train_fn.num_epochs = 8",

@@ -18,9 +18,10 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import CheckpointError, CheckpointFolder
+from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.loop import Diverged
 from generative_recommenders.training.optim import warmed_up
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.retrieval import RetrievalExperiment
 from tests.toy import write_toy_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

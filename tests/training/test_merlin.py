@@ -19,7 +19,8 @@ from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.retrieval import mean_target_loss
 from generative_recommenders.serving.histories import Histories, read_histories
 from generative_recommenders.serving.recommender import Recommender
-from generative_recommenders.training.retrieval import Places, RetrievalExperiment
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.retrieval import RetrievalExperiment
 from generative_recommenders.training.retrieval import test_line as final_line
 from generative_recommenders.training.runs import find_checkpoint
 
