@@ -69,14 +69,18 @@ class Split:
         """Users with too few events to have a history and a target here."""
         return self.num_rows - len(self)
 
+    def spans(self, members: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the dataset, and of each the first event and the one after the target, (B,) each."""
+        rows = self.rows[members]
+        return rows, self.dataset.offsets[rows], self.dataset.offsets[rows + 1] - self.ignore_last_n
+
     def batch(self, members: Tensor, row_numbers: Tensor, epoch: int = 0) -> SequenceBatch:
         """Collate the split's users `members` (int64, (B,), numbers within the split).
 
         `row_numbers` (B,) is each row's place in the global batch, the key of everything random about it.
         """
         data = self.dataset
-        rows = self.rows[members]
-        start, stop = data.offsets[rows], data.offsets[rows + 1] - self.ignore_last_n
+        rows, start, stop = self.spans(members, epoch)
         if self.thinning.active:
             events, offsets, targets = self._thinned_events(rows, start, stop, epoch)
         else:

@@ -32,7 +32,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         _clear_leftovers(folder)
         partial.mkdir()
         yield partial
-        for file in partial.iterdir():
+        for file in (path for path in partial.rglob("*") if path.is_file()):
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         replace_folder(partial, folder)
