@@ -55,6 +55,23 @@ class SequenceBatch:
         """Place of each token in its row, oldest 0, (T,)."""
         return jagged.positions(self.offsets, self.item_ids_T.numel())
 
+    def split(self, parts: int) -> list[SequenceBatch]:
+        """The rows in at most `parts` runs of nearly equal numbers of rows, none empty unless all are."""
+        parts = max(1, min(parts, self.size))
+        bounds = [self.size * part // parts for part in range(parts + 1)]
+        places = self.offsets[bounds].tolist()
+        return [
+            self._run(first, last, start, stop)
+            for first, last, start, stop in zip(bounds, bounds[1:], places, places[1:], strict=False)
+        ]
+
+    def _run(self, first: int, last: int, start: int, stop: int) -> SequenceBatch:
+        """Rows first to last - 1, which own the tokens start to stop - 1."""
+        tensors = [f.name for f in fields(self) if f.name not in ("events", "offsets")]
+        cut = {n: getattr(self, n)[start:stop] if n.endswith("_T") else getattr(self, n)[first:last] for n in tensors}
+        events = {name: column[start:stop] for name, column in self.events.items()}
+        return SequenceBatch(**cut, offsets=self.offsets[first : last + 1] - start, events=events)
+
     def to(self, device: torch.device | str) -> SequenceBatch:
         tensors = (f.name for f in fields(self) if f.name != "events")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.retrieval import Evaluation
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointFolder, Progress
 from generative_recommenders.training.environment import peak_memory_mb
-from generative_recommenders.training.optim import adamw, warmed_up
+from generative_recommenders.training.optim import adamw, learning_rate_at
 from generative_recommenders.training.reporting import Reporter
 from generative_recommenders.training.task import Settings, Task
 from ops.random import fold
@@ -154,16 +155,21 @@ class Trainer:
 
     def _step(self, batch: Any) -> dict[str, Tensor]:
         progress, settings = self.progress, self.settings
-        rate = warmed_up(settings.learning_rate, progress.step, settings.num_warmup_steps)
+        rate = learning_rate_at(
+            settings.learning_rate,
+            progress.step,
+            settings.num_warmup_steps,
+            settings.schedule,
+            settings.num_epochs * len(self.task.batches),
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         probed = progress.step % settings.eval_interval == 0 and batch.size > 0
         if probed:
             self._require_finite_parameters()
         probe = self.task.probe(batch) if probed and self.reporter.active else None
-        loss, scalars = self.parallel(batch, fold(settings.random_seed, progress.step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scalars = self._backward(batch, fold(settings.random_seed, progress.step))
         if settings.gradient_clip_norm > 0:
             nn.utils.clip_grad_norm_(self.task.model.parameters(), settings.gradient_clip_norm)
         if progress.step % _FINITE_CHECK_EVERY.get(self.runtime.device.type, _FINITE_CHECK_ELSEWHERE) == 0:
@@ -174,6 +180,30 @@ class Trainer:
         progress.step += 1
         progress.batch += 1
         return scalars
+
+    def _backward(self, batch: SequenceBatch, seed: int) -> dict[str, Tensor]:
+        """Gradients of the batch, `accumulation` parts of it one after the other, each weighted by its rows."""
+        if self.settings.accumulation == 1:
+            loss, scalars = self.parallel(batch, seed)
+            loss.backward()
+            return dict(scalars)
+        total: dict[str, Tensor] = {}
+        parts = batch.split(self.settings.accumulation)
+        for part in parts:
+            share = part.size / max(1, batch.size)
+            with self._gradients_stay_here() if part is not parts[-1] else contextlib.nullcontext():
+                loss, scalars = self.parallel(part, seed)
+                (loss * share).backward()
+            for name, value in scalars.items():
+                weighted = value.detach() * (1.0 if name == "tokens" else share)
+                total[name] = total[name] + weighted if name in total else weighted
+        return total
+
+    def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last part."""
+        if isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
 
     def _log_step(self, scalars: dict[str, Tensor], probe: Any, rate: float) -> None:
         step = self.progress.step

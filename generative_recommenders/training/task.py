@@ -10,6 +10,7 @@ from torch import nn
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.evaluation.retrieval import Evaluation
+from generative_recommenders.training.optim import Schedule
 
 
 class Batches(Protocol):
@@ -40,7 +41,8 @@ class Settings:
     """Optimization, evaluation and checkpoint settings; names and meanings are those of `train_fn`.
 
     `followed_split` is evaluated every epoch, `reported_split` at the end; with `keep_best` the epoch best in
-    `early_stopping_metric` is restored first.
+    `early_stopping_metric` is restored first. `schedule` of the learning rate, see `optim`; a step's batch goes through
+    the model in `accumulation` parts.
     """
 
     num_epochs: int
@@ -58,3 +60,5 @@ class Settings:
     keep_best: bool
     early_stopping_metric: str
     early_stopping_patience: int
+    schedule: Schedule = "constant"
+    accumulation: int = 1

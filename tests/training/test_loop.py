@@ -20,8 +20,9 @@ from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import CheckpointError, CheckpointFolder
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.loop import Diverged
-from generative_recommenders.training.optim import warmed_up
+from generative_recommenders.training.optim import learning_rate_at
 from generative_recommenders.training.retrieval import RetrievalExperiment
+from tests.batches import batch
 from tests.toy import write_toy_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,8 +170,26 @@ def test_partial_evaluations_and_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_warm_up() -> None:
-    assert [warmed_up(1.0, s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmed_up(0.3, 0, 0) == 0.3
+    assert [learning_rate_at(1.0, s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate_at(0.3, 0, 0) == 0.3
+
+
+def test_schedules_start_at_the_end_of_the_warm_up() -> None:
+    rates = [learning_rate_at(1.0, s, 4, "inverse_sqrt") for s in (3, 4, 15, 63)]
+    assert rates == pytest.approx([1.0, math.sqrt(4 / 5), 0.5, 0.25])
+    assert learning_rate_at(1.0, 0, 0, "inverse_sqrt") == 1.0
+    rates = [learning_rate_at(1.0, s, 2, "cosine", 12) for s in (1, 2, 7, 12, 99)]
+    assert rates == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0])
+
+
+def test_a_batch_in_parts_is_the_batch() -> None:
+    whole = batch([3, 0, 2, 5, 1, 4, 2])
+    for count in (1, 2, 3, 7, 20):
+        parts = whole.split(count)
+        assert len(parts) == min(count, 7) and min(part.size for part in parts) >= 1
+        assert torch.equal(torch.cat([part.item_ids_T for part in parts]), whole.item_ids_T)
+        assert torch.equal(torch.cat([part.target_ids_B for part in parts]), whole.target_ids_B)
+        assert torch.equal(torch.cat([part.lengths_B for part in parts]), whole.lengths_B)
 
 
 def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
