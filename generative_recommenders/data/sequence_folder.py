@@ -243,6 +243,7 @@ def _catalogue(raw: RawFiles, event_items: np.ndarray) -> pa.Table:
             "text": pa.array(map(product_text, names, rows["brand"].to_pylist(), categories), _TEXT),
             "categories": pa.array(categories, pa.list_(_TEXT)),
             "brand": rows["brand"],
+            "textual_id": rows["textual_id"],
         }
     )
 

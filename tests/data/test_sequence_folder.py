@@ -91,8 +91,10 @@ def test_products(raw: Path) -> None:
         "text": "One. Brand: Acme. Categories: Top > Low",
         "categories": ["Top", "Low"],
         "brand": "Acme",
+        "textual_id": None,
     }
     assert (two["raw_id"], two["title"], two["text"], two["categories"]) == ("B2", None, "blue thing", [])
+    assert two["textual_id"] == "blue thing"
     assert (three["raw_id"], three["text"]) == ("3", None)
     assert (four["raw_id"], four["text"]) == ("B4", "Four")
 

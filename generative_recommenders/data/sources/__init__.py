@@ -33,7 +33,7 @@ class RawEvents:
         ratings: float32 (E,).
         timestamps: int64 (E,), seconds.
         items: `item_id` int64 ascending, `raw_id` string, and where known `title`, `text`, `categories`, `brand`,
-            `embedding`.
+            `textual_id`, `embedding`.
         users: None, or `user_id` int64 ascending and further columns; may list users without events.
         facts: further entries of dataset.json.
     """
