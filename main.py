@@ -85,17 +85,16 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
 
 
 def _recommend(arguments: argparse.Namespace, here: Runtime) -> int:
+    from generative_recommenders.serving.generated import recommender_of
     from generative_recommenders.serving.histories import read_histories
-    from generative_recommenders.serving.recommender import Recommender, check_output, write_recommendations
+    from generative_recommenders.serving.recommender import check_output, write_recommendations
     from generative_recommenders.training.runs import find_checkpoint
 
     if arguments.checkpoint is None or arguments.histories is None:
         raise ConfigError("--mode=recommend: needs --checkpoint=RUN_FOLDER and --histories=FILE (parquet, csv or json)")
     if arguments.output is not None:
         check_output(arguments.output)
-    recommender = Recommender.from_checkpoint(
-        find_checkpoint(arguments.checkpoint), here.device, arguments.top_k_method
-    )
+    recommender = recommender_of(find_checkpoint(arguments.checkpoint), here.device, arguments.top_k_method)
     table = recommender.recommend(read_histories(arguments.histories, recommender.event_columns), arguments.top_k)
     if arguments.output is not None:
         write_recommendations(table, arguments.output)

@@ -42,6 +42,17 @@ REGISTERING_MODULES: tuple[str, ...] = (
     "generative_recommenders.encoders.hstu",
     "generative_recommenders.encoders.sasrec",
     "generative_recommenders.similarity.mol",
+    "generative_recommenders.generative.beam_config",
+    "generative_recommenders.generative.config",
+    "generative_recommenders.generative.parallel_config",
+    "generative_recommenders.generative.sid_gr_config",
+    "generative_recommenders.generative.tiger",
+    "generative_recommenders.tokenizers.config",
+    "generative_recommenders.tokenizers.controls",
+    "generative_recommenders.tokenizers.product",
+    "generative_recommenders.tokenizers.rqkmeans",
+    "generative_recommenders.tokenizers.rqvae",
+    "generative_recommenders.tokenizers.rvq",
 )
 """Modules imported by `load`, because importing them registers configurables."""
 

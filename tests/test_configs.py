@@ -1,15 +1,22 @@
 """Every shipped config parses, constructs its experiment and uses only bindings that mean something."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from generative_recommenders import config
+from generative_recommenders.generative.assemble import Plan
+from generative_recommenders.generative.config import GenerativeConfig
+from generative_recommenders.retrieval.config import RetrievalConfig
 from generative_recommenders.similarity.mol import MoLConfig
+from generative_recommenders.tokenizers.config import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.gin"))
+LAUNCHED = [path for path in CONFIGS if not path.startswith("configs/base/")]
 ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 # Published for `configs/<dataset>/<stem>.gin`: dataset, window, width, epochs, dropout, negatives, encoder fields.
 PUBLISHED = [
@@ -117,21 +124,45 @@ def test_there_are_configs() -> None:
     assert len(CONFIGS) >= 36
 
 
-@pytest.mark.parametrize("path", CONFIGS)
-def test_config_constructs_its_experiment(path: str) -> None:
-    loaded = config.load([path])
-    experiment = loaded.experiment()
+def build_retrieval(loaded: config.Config, experiment: RetrievalConfig) -> None:
     loaded.build(ENCODERS[experiment.main_module])
     loaded.build("create_data_loader")
     if experiment.interaction_module_type == "MoL":
         assert set(experiment.loss_weights) <= set(mol_of(loaded).auxiliary_losses)
         loaded.build("get_similarity_function")
+
+
+def build_tokenizer(loaded: config.Config, experiment: TokenizerConfig) -> None:
+    loaded.build(experiment.tokenizer)
+
+
+def build_generative(loaded: config.Config, experiment: GenerativeConfig) -> None:
+    Plan.of(loaded)
+    tokenizer = loaded.build(TokenizerConfig)
+    loaded.build(tokenizer.tokenizer)
+    # What it makes where it is not there is what it reads.
+    assert (tokenizer.dataset_name, (tokenizer.name,)) == (experiment.dataset_name, experiment.semantic_ids)
+
+
+# What an experiment builds beside its own bindings.
+PARTS: dict[type, Callable[[config.Config, Any], None]] = {
+    RetrievalConfig: build_retrieval,
+    TokenizerConfig: build_tokenizer,
+    GenerativeConfig: build_generative,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_config_constructs_its_experiment(path: str) -> None:
+    loaded = config.load([path])
+    experiment = loaded.experiment()
+    PARTS[type(experiment)](loaded, experiment)
     assert loaded.unused_bindings() == []
     again = config.load([], [loaded.operative()])
     assert again.experiment() == experiment
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.startswith("configs/base/")])
+@pytest.mark.parametrize("path", LAUNCHED)
 def test_header_gives_command_hardware_and_expectation(path: str) -> None:
     header = [line for line in (ROOT / path).read_text().splitlines() if line.startswith("#")]
     text = "\n".join(header)
@@ -141,7 +172,7 @@ def test_header_gives_command_hardware_and_expectation(path: str) -> None:
     assert re.search(r"^# Verified: \S", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if not path.startswith("configs/base/")])
+@pytest.mark.parametrize("path", LAUNCHED)
 def test_dataset_is_that_of_the_folder(path: str) -> None:
     assert config.load([path]).experiment().dataset_name == Path(path).parent.name
 

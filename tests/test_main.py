@@ -23,7 +23,11 @@ from generative_recommenders.training.runs import find_checkpoint
 from tests.toy import ID_STEP, NUM_ITEMS, NUM_USERS, raw_id, write_toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.gin"))
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.glob("configs/**/*.gin")
+    if config.load([path]).build(config.Main).experiment == "train_fn"
+)
 PUBLISHED = "configs/ml-1m/hstu-sampled-softmax-n128-final.gin"
 SMALL = (
     "train_fn.dataset_name = 'toy'",

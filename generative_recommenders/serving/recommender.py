@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
@@ -42,7 +43,7 @@ class _Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recommender:
+class HistoryRecommender(ABC):
     """A trained model with its catalogue; `recommend` takes raw ids and returns raw ids.
 
     `filter_history` is the configuration's: whether what a user has already seen is left out. `num_ratings` is None
@@ -51,7 +52,7 @@ class Recommender:
     with user features was trained on; anybody else is unknown to it.
     """
 
-    model: RetrievalModel
+    model: nn.Module
     catalog: Catalog
     max_sequence_length: int
     device: torch.device
@@ -59,33 +60,6 @@ class Recommender:
     num_ratings: int | None = None
     users: Mapping[str, int] = field(default_factory=dict)
     event_columns: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, device: torch.device | str = "cpu", top_k_method: str | None = None
-    ) -> Recommender:
-        """`top_k_method` replaces the configuration's.
-
-        Raises CheckpointError or ConfigError where the directory was not written by this project, and ConfigError for
-        a method that cannot search the model's similarity.
-        """
-        plan = Plan.of(load([str(checkpoint.path / "config.gin")], []))
-        catalog = read_catalog(checkpoint.path / "items.parquet")
-        model = build_model(plan, catalog.item_ids).to(device)
-        checkpoint.load_model(model, device)
-        model.top_k_method = checked_top_k_method(plan.experiment, top_k_method)
-        model.eval()
-        window, filter_history = plan.experiment.max_sequence_length, plan.experiment.filter_history
-        reads_ratings = plan.experiment.input_features != "item"
-        num_ratings = plan.experiment.num_ratings if reads_ratings else None
-        users = read_users(checkpoint.path / USERS_FILE)
-        columns = plan.experiment.event_columns
-        return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users, columns)
-
-    @cached_property
-    def _top_k(self) -> TopK[Any]:
-        """The item side is projected, and indexed where the method has an index, once a recommender."""
-        return self.model.top_k()
 
     @torch.inference_mode()
     def recommend(self, histories: Histories, k: int, *, filter_history: bool | None = None) -> pd.DataFrame:
@@ -186,25 +160,67 @@ class Recommender:
         columns = {name: torch.tensor([codes[n] for n, _ in window]) for name, codes in events.items()}
         return _Row(ids, stamps, marks, int(stamps[-1]) if request is None else request, columns)
 
+    @abstractmethod
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
-        queries = self.model.search_queries(batch.to(self.device))
-        filters = () if seen is None else (_offsets(seen).to(self.device), torch.cat(seen).to(self.device))
-        scores_BK, ids_BK = self._top_k(queries, min(k, len(self._top_k)), *filters)
-        found = (ids_BK != 0).cpu()
-        places = torch.searchsorted(self.catalog.item_ids, ids_BK.cpu()[found]).tolist()
-        rows, ranks = found.nonzero(as_tuple=True)
+        """The rows of these users; items of `seen` are left out, where it is given."""
+
+    def _table(self, user_ids: list[str], ids_BK: Tensor, scores_BK: Tensor, found_BK: Tensor) -> pd.DataFrame:
+        """Rows of the places that hold an item."""
+        places = torch.searchsorted(self.catalog.item_ids, ids_BK[found_BK]).tolist()
+        rows, ranks = found_BK.nonzero(as_tuple=True)
         return pd.DataFrame(
             {
                 "user_id": [user_ids[r] for r in rows.tolist()],
                 "rank": ranks + 1,
                 "item_id": [self.catalog.raw_ids[p] for p in places],
-                "score": scores_BK.cpu()[found],
+                "score": scores_BK[found_BK],
                 "title": [self.catalog.titles[p] for p in places],
             }
         )
 
 
-def _offsets(rows: list[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class Recommender(HistoryRecommender):
+    """A trained retrieval model with its catalogue."""
+
+    model: RetrievalModel
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, device: torch.device | str = "cpu", top_k_method: str | None = None
+    ) -> Recommender:
+        """`top_k_method` replaces the configuration's.
+
+        Raises CheckpointError or ConfigError where the directory was not written by this project, and ConfigError for
+        a method that cannot search the model's similarity.
+        """
+        plan = Plan.of(load([str(checkpoint.path / "config.gin")], []))
+        catalog = read_catalog(checkpoint.path / "items.parquet")
+        model = build_model(plan, catalog.item_ids).to(device)
+        checkpoint.load_model(model, device)
+        model.top_k_method = checked_top_k_method(plan.experiment, top_k_method)
+        model.eval()
+        window, filter_history = plan.experiment.max_sequence_length, plan.experiment.filter_history
+        reads_ratings = plan.experiment.input_features != "item"
+        num_ratings = plan.experiment.num_ratings if reads_ratings else None
+        users = read_users(checkpoint.path / USERS_FILE)
+        columns = plan.experiment.event_columns
+        return cls(model, catalog, window, torch.device(device), filter_history, num_ratings, users, columns)
+
+    @cached_property
+    def _top_k(self) -> TopK[Any]:
+        """The item side is projected, and indexed where the method has an index, once a recommender."""
+        return self.model.top_k()
+
+    def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
+        queries = self.model.search_queries(batch.to(self.device))
+        filters = () if seen is None else (offsets_of(seen).to(self.device), torch.cat(seen).to(self.device))
+        scores_BK, ids_BK = self._top_k(queries, min(k, len(self._top_k)), *filters)
+        return self._table(user_ids, ids_BK.cpu(), scores_BK.cpu(), (ids_BK != 0).cpu())
+
+
+def offsets_of(rows: list[Tensor]) -> Tensor:
+    """Offsets of rows laid end to end."""
     return torch.tensor([0, *(row.numel() for row in rows)]).cumsum(0)
 
 
@@ -212,7 +228,7 @@ def _batch(rows: list[_Row], users: list[int]) -> SequenceBatch:
     """A batch without targets: what follows a row's last event is unknown, only its time is given."""
     ids = torch.cat([r.item_ids for r in rows])
     times = torch.cat([r.timestamps for r in rows])
-    offsets = _offsets([r.item_ids for r in rows])
+    offsets = offsets_of([r.item_ids for r in rows])
     next_times = torch.cat([torch.cat([r.timestamps[1:], torch.tensor([r.request])]) for r in rows])
     next_ids = torch.cat([torch.cat([r.item_ids[1:], torch.zeros(1, dtype=torch.int64)]) for r in rows])
     nobody = torch.zeros(len(rows), dtype=torch.int64)

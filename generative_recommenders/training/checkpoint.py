@@ -154,7 +154,7 @@ class CheckpointFolder:
             save_file(_optimizer_tensors(optimizer), aside / _OPTIMIZER)
             (aside / "config.gin").write_text(config)
             for source in extra_files:
-                self._copy(source, aside / source.name)
+                self._copy_all(source, aside / source.name)
             state = {"format": FORMAT_VERSION, "progress": asdict(progress), **facts}
             (aside / "state.json").write_text(json.dumps(state, indent=1))
             _sync(aside)
@@ -166,11 +166,20 @@ class CheckpointFolder:
         self._prune(progress)
         return target
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy_all(self, source: Path, target: Path) -> None:
+        """A file, or a folder of files."""
+        if not source.is_dir():
+            self._copy(source, target, source.name)
+            return
+        target.mkdir()
+        for file in sorted(source.iterdir()):
+            self._copy(file, target / file.name, f"{source.name}-{file.name}")
+
+    def _copy(self, source: Path, target: Path, name: str) -> None:
         """Copied once a run; further checkpoints link to the first copy, so a large item map costs nothing."""
-        shared = self.folder / source.name
+        shared = self.folder / name
         if not shared.exists():
-            aside = self.folder / f".{source.name}.{os.getpid()}"
+            aside = self.folder / f".{name}.{os.getpid()}"
             shutil.copyfile(source, aside)
             os.replace(aside, shared)
         try:
@@ -216,7 +225,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _sync(folder: Path) -> None:
     """Force the files to disk: a power cut after the rename must not leave them empty."""
-    for path in folder.iterdir():
+    for path in (file for file in folder.rglob("*") if file.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 

@@ -14,6 +14,8 @@ from generative_recommenders.distributed.runtime import Runtime
 # The configurable's name -> module and class, imported when it is launched.
 EXPERIMENTS = {
     "train_fn": "generative_recommenders.training.retrieval.RetrievalExperiment",
+    "train_generative": "generative_recommenders.training.generative.GenerativeExperiment",
+    "train_tokenizer": "generative_recommenders.training.tokenizer.TokenizerExperiment",
 }
 
 

@@ -1,0 +1,122 @@
+"""Evaluates generated lists of items, at the level of items and at the level of semantic IDs.
+
+Item level: the rank of the target item in the list; items that share an ID take places of their own, so a shared ID is
+no free hit. SID level, as the literature counts: the rank of the target's ID among the distinct IDs of the list. A
+target that is not in the list is a miss. Means are over all users of all ranks' batches.
+
+Beside them: `valid`, the share of the places of all lists that hold an item; `duplicates`, the share of items that
+their list holds already; `coverage@10`, the share of the catalogue in anybody's first ten; `certified`, the share of
+lists proven to be the exact top-K under the model; and hr@10, ndcg@10 of users whose target occurs in training
+(`_warm`) and of those whose target does not (`_cold`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.distributed.runtime import Runtime, all_gather_concat
+from generative_recommenders.evaluation.metrics import HR_AT, MAX_RANK, NDCG_AT, per_user_metrics
+from generative_recommenders.evaluation.retrieval import Evaluation
+from generative_recommenders.generative.beam_result import BeamResult
+
+_SLICED = ("hr@10", "ndcg@10")
+_COVERED = 10
+Recommend = Callable[[SequenceBatch], BeamResult]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What metrics need of the items: `codes_VL`, int64 (V, L), row i of item id i; `trained_V`, bool, whether item i
+    occurs in training; `size`, how many items there are."""
+
+    codes_VL: Tensor
+    trained_V: Tensor
+    size: int
+
+
+def list_ranks(result: BeamResult, targets_B: Tensor, codes_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks (B,) of target items and of target IDs among the distinct IDs; misses are `MAX_RANK + 1`."""
+    valid_BK = result.valid_BK
+    item_hits_BK = valid_BK & (result.items_BK == targets_B[:, None])
+    # Items of one ID stand together: an ID is new where it differs from the one before.
+    same_BK = torch.zeros_like(valid_BK)
+    same_BK[:, 1:] = (result.codes_BKL[:, 1:] == result.codes_BKL[:, :-1]).all(-1)
+    distinct_BK = (~same_BK).long().cumsum(1)
+    id_hits_BK = valid_BK & (result.codes_BKL == codes_BL[:, None]).all(-1)
+    places_BK = torch.arange(1, valid_BK.shape[1] + 1, device=valid_BK.device).expand_as(distinct_BK)
+    return _first(item_hits_BK, places_BK), _first(id_hits_BK, distinct_BK)
+
+
+def _first(hits_BK: Tensor, ranks_BK: Tensor) -> Tensor:
+    return torch.where(hits_BK, ranks_BK, MAX_RANK + 1).amin(1)
+
+
+def repeated(result: BeamResult) -> Tensor:
+    """How many items of each list stand in it already, (B,)."""
+    empty = -1 - torch.arange(result.items_BK.shape[1], device=result.items_BK.device)
+    ordered_BK = torch.where(result.valid_BK, result.items_BK, empty).sort(1).values
+    return (ordered_BK.diff(dim=1) == 0).sum(1)
+
+
+@torch.no_grad()
+def evaluate_lists(
+    model: nn.Module,
+    recommend: Recommend,
+    batches: Iterable[SequenceBatch],
+    runtime: Runtime,
+    catalogue: Catalogue,
+    k: int,
+) -> Evaluation:
+    """Metrics of the lists of `k` items that `recommend` makes with `model`."""
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    rows: list[Tensor] = []
+    shown_V = torch.zeros(catalogue.codes_VL.shape[0], dtype=torch.bool, device=runtime.device)
+    for batch in batches:
+        if batch.size:
+            batch = batch.to(runtime.device)
+            result = recommend(batch)
+            targets_B = batch.target_ids_B
+            item_B, id_B = list_ranks(result, targets_B, catalogue.codes_VL[targets_B])
+            trained_B = catalogue.trained_V[targets_B].long()
+            rows.append(
+                torch.stack([item_B, id_B, result.valid_count_B, repeated(result), result.exact_B.long(), trained_B], 1)
+            )
+            # Places without a result hold item 0.
+            shown_V[result.items_BK[:, :_COVERED].flatten()] = True
+    model.train(was_training)
+    nobody = torch.empty(0, 6, dtype=torch.int64, device=runtime.device)
+    table = all_gather_concat(torch.cat(rows) if rows else nobody).cpu()
+    shown = all_gather_concat(shown_V[None].long()).any(0)
+    shown[0] = False
+    metrics = _means(table, k) | {f"coverage@{_COVERED}": float(shown.sum()) / catalogue.size}
+    return Evaluation(metrics, table.shape[0], time.perf_counter() - started)
+
+
+def _means(table: Tensor, k: int) -> dict[str, float]:
+    """Means over users of the columns that `evaluate_lists` gathers."""
+    # The order of users depends on the ranks; sums of sorted values do not.
+    order = torch.argsort((table[:, 0] * (MAX_RANK + 2) + table[:, 1]) * 2 + table[:, 5])
+    item_U, id_U, count_U, repeated_U, exact_U, trained_U = table[order].unbind(1)
+    wanted = {f"hr@{n}" for n in HR_AT if n <= k} | {f"ndcg@{n}" for n in NDCG_AT if n <= k} | {"mrr"}
+    item = {name: values for name, values in per_user_metrics(item_U).items() if name in wanted}
+    ids = {name: values for name, values in per_user_metrics(id_U).items() if name in wanted}
+    # A target outside the list has no rank to be inverted.
+    item["mrr"], ids["mrr"] = (torch.where(r <= k, v["mrr"], 0.0) for r, v in ((item_U, item), (id_U, ids)))
+    means = {name: float(values.mean()) for name, values in item.items()}
+    means |= {f"sid_{name}": float(values.mean()) for name, values in ids.items()}
+    means |= {f"{name}_warm": float(item[name][trained_U == 1].mean()) for name in _SLICED if name in item}
+    means |= {f"{name}_cold": float(item[name][trained_U == 0].mean()) for name in _SLICED if name in item}
+    total = max(int(count_U.sum()), 1)
+    return means | {
+        "valid": float(count_U.double().mean()) / k,
+        "duplicates": float(repeated_U.sum()) / total,
+        "certified": float(exact_U.double().mean()),
+    }

@@ -1,0 +1,201 @@
+"""SID-GR: a decoder-only model over flattened semantic IDs, with a choice of causal backbone.
+
+Sources: NVIDIA's SID-GR (flattened codes, BOS before every item that carries loss, shared or per-level heads) and
+"Actions Speak Louder than Words" (arXiv 2402.17152) for the HSTU backbone with its bias of position and time.
+
+    x = Dropout(token[level, code] + level_embedding[level] + item_position[place])        [BOS] s1 .. sL for each item
+    logits of s_{l+1} = head_l(LN(backbone(x)))            at the BOS (l = 0) and at s_l, over the codes of that level
+
+Differences from NVIDIA's: positions and levels are embedded, a level's probabilities are over its own codes with the
+shared head too, histories keep their newest items, and tokens are jagged everywhere. Decoding computes the context
+once; what is appended for beams is never moved (`sid_gr_backbones`), and no request sees another or any padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
+from generative_recommenders.errors import UserError
+from generative_recommenders.generative.heads import CodeHeads
+from generative_recommenders.generative.sid_gr_backbones import DecoderStack, Memory
+from generative_recommenders.generative.sid_gr_config import SIDGRConfig
+from generative_recommenders.generative.sid_gr_tokens import FlatTokens, flatten, longest_row
+from generative_recommenders.generative.tokens import IdTable, TokenEmbedding
+from generative_recommenders.nn.dropout import Draws, KeyedDropout
+
+# Tuples of all requests that teacher forcing holds at a time.
+_TUPLES_AT_A_TIME = 8192
+
+
+@dataclass(frozen=True)
+class SIDGRContext:
+    """A prefill of B requests, the place of the item to predict in each, and how many events had no ID."""
+
+    memory: Memory
+    places_B: Tensor
+    unknown: int
+
+    def select(self, rows: Tensor) -> SIDGRContext:
+        return SIDGRContext(self.memory.select(rows), self.places_B[rows], self.unknown)
+
+
+class SIDGR(nn.Module):
+    """`forward(batch, seed)` is the training loss; `begin`, `logits` and `teacher_forced` serve the search.
+
+    Args:
+        config: bindings `sid_gr.*`.
+        table: codes of the items.
+        max_items: items of a history that are read, the newest ones.
+        codebooks: the tokenizer's, (sizes[l], d) a level, for `codebook_start`.
+    Raises:
+        UserError: `codebook_start` without codebooks, or with some that do not fit.
+    """
+
+    def __init__(
+        self, config: SIDGRConfig, table: IdTable, max_items: int, codebooks: Sequence[Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        if max_items < 1:
+            raise UserError(f"SID-GR: got histories of {max_items} items, expected at least 1")
+        self.config = config
+        self.ids = table
+        self.max_items = max_items
+        self.sizes = table.sizes
+        self.tokens = TokenEmbedding(table.sizes, config.dim, bos=True)
+        self.level_embedding = _rows(table.levels, config.dim) if config.level_embeddings else None
+        self.position_embedding = _rows(max_items + 1, config.dim) if config.item_positions else None
+        self.dropout = KeyedDropout(config.dropout_rate, 0)
+        self.backbone = DecoderStack(config, longest_row(table.levels, max_items, config.loss_items))
+        self.output_norm = nn.LayerNorm(config.dim)
+        self.heads = CodeHeads(table.sizes, config.dim, shared=config.shared_heads)
+        if config.codebook_start:
+            if codebooks is None:
+                raise UserError(
+                    "sid_gr.codebook_start: got IDs without a tokenizer, expected its codebooks; try False, or IDs "
+                    "that were made here"
+                )
+            self.tokens.from_codebooks(codebooks)
+
+    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the global mean loss a code, and global scalars by name, without gradient.
+
+        Scaled so that averaging gradients over ranks gives the gradient of the mean over the global batch. `tokens`
+        counts the codes that were learned, `unknown_items` events and targets that have no ID.
+        """
+        flat = self._flat(batch, with_target=True)
+        states_SD = self._states(flat, Draws.of(flat.rows, seed))
+        losses_nL = self.heads.losses(states_SD[flat.loss_nL], flat.labels_nL)
+        learned_nL = flat.labels_nL >= 0
+        total = all_reduce_sum(learned_nL.sum().float()).clamp(min=1.0)
+        loss = losses_nL.sum() / total * world_size()
+        unknown = flat.unknown + (self.ids.rows_of(batch.target_ids_B) < 0).sum()
+        scalars = {
+            "main_loss": all_reduce_sum(loss.detach()) / world_size(),
+            "ar_loss": all_reduce_sum(loss.detach()) / world_size(),
+            "tokens": total,
+            "unknown_items": all_reduce_sum(unknown.float()),
+        }
+        items = total / len(self.sizes)
+        for level, level_loss in enumerate(all_reduce_sum(losses_nL.detach().sum(0)).unbind()):
+            scalars[f"level_{level + 1}_loss"] = level_loss / items
+        return loss, scalars
+
+    @torch.no_grad()
+    def begin(self, batch: SequenceBatch) -> SIDGRContext:
+        """Prefill: histories up to the BOS of the item to predict; an empty history is that BOS alone."""
+        flat = self._flat(batch, with_target=False)
+        with self._autocast(flat.rows):
+            memory = self.backbone.prefill(self._embedded(flat), flat.rows)
+        return SIDGRContext(memory, flat.open_places_B, flat.unknown)
+
+    @torch.no_grad()
+    def logits(
+        self, context: SIDGRContext, level: int, tokens_BM: Tensor | None, ancestors: Sequence[Tensor]
+    ) -> Tensor:
+        """Logits of `level` for every beam, (B, M, C_level); see `decoding.GenerativeModel`."""
+        if tokens_BM is None:
+            states_BMD = context.memory.states_BD[:, None]
+        else:
+            x_BMD = self.tokens.level(level - 1, tokens_BM)
+            if self.level_embedding is not None:
+                x_BMD = x_BMD + self.level_embedding[level - 1]
+            if self.position_embedding is not None:
+                x_BMD = x_BMD + self.position_embedding[context.places_B][:, None]
+            with self._autocast_of(x_BMD.device):
+                states_BMD = self.backbone.step(x_BMD, context.memory, ancestors)
+        return self.heads.logits(level, self.output_norm(states_BMD.float()))
+
+    @torch.no_grad()
+    def teacher_forced(self, batch: SequenceBatch, codes_BKL: Tensor) -> Tensor:
+        """Log-probability of each code given those before it, (B, K, L) float32.
+
+        Each tuple is a beam that never changes its place.
+        """
+        context = self.begin(batch)
+        everyone = torch.arange(batch.size, device=codes_BKL.device)
+        at_a_time = max(1, _TUPLES_AT_A_TIME // max(1, batch.size))
+        parts = [self._forced(context.select(everyone), codes) for codes in codes_BKL.split(at_a_time, dim=1)]
+        return torch.cat(parts, 1)
+
+    def _forced(self, context: SIDGRContext, codes_BKL: Tensor) -> Tensor:
+        size, count, levels = codes_BKL.shape
+        own_BK = torch.arange(count, device=codes_BKL.device).expand(size, count)
+        found = []
+        for level in range(levels):
+            given = codes_BKL[..., level - 1] if level else None
+            log_probs = self.logits(context, level, given, [own_BK] * level).float().log_softmax(-1)
+            # At level 0 all tuples share the row of the BOS.
+            log_probs = log_probs.expand(size, count, -1)
+            found.append(log_probs.gather(-1, codes_BKL[..., level, None])[..., 0])
+        return torch.stack(found, -1)
+
+    def _flat(self, batch: SequenceBatch, *, with_target: bool) -> FlatTokens:
+        if not self.config.time_bias:
+            batch = _without_times(batch)
+        return flatten(
+            batch, self.ids, max_items=self.max_items, loss_items=self.config.loss_items, with_target=with_target
+        )
+
+    def _states(self, flat: FlatTokens, draws: Draws | None) -> Tensor:
+        """Normalized states after every token, (S, D) float32."""
+        with self._autocast(flat.rows):
+            states_SD = self.backbone(self.dropout(self._embedded(flat), draws), flat.rows, draws)
+        normed: Tensor = self.output_norm(states_SD.float())
+        return normed
+
+    def _embedded(self, flat: FlatTokens) -> Tensor:
+        """Input of every token before dropout, (S, D)."""
+        assert self.tokens.bos is not None
+        codes_XLD = self.tokens.items(flat.codes_XL)
+        if self.level_embedding is not None:
+            codes_XLD = codes_XLD + self.level_embedding
+        x_XCD = torch.cat([self.tokens.bos.expand(codes_XLD.shape[0], 1, -1), codes_XLD], 1)
+        if self.position_embedding is not None:
+            x_XCD = x_XCD + self.position_embedding[flat.places_X][:, None]
+        return x_XCD.flatten(0, 1)[flat.cells_S]
+
+    def _autocast(self, rows: SequenceBatch) -> AbstractContextManager[object]:
+        return self._autocast_of(rows.offsets.device)
+
+    def _autocast_of(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self.config.bf16 else nullcontext()
+
+
+def _rows(count: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(count, dim).normal_(std=0.02))
+
+
+def _without_times(batch: SequenceBatch) -> SequenceBatch:
+    return replace(
+        batch,
+        timestamps_T=torch.zeros_like(batch.timestamps_T),
+        next_timestamps_T=torch.zeros_like(batch.next_timestamps_T),
+        target_timestamps_B=torch.zeros_like(batch.target_timestamps_B),
+    )

@@ -1,0 +1,1 @@
+"""Semantic IDs: quantizers of item embeddings, the codes they give, and the tables made of them."""

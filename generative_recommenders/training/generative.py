@@ -1,0 +1,271 @@
+"""Runs a generative experiment: semantic IDs if they are not there yet, training, evaluation of generated lists."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.config import Config, ConfigError, load
+from generative_recommenders.data.collate import Split
+from generative_recommenders.data.dataset import PreparedDataset
+from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.loader import Loader
+from generative_recommenders.data.users import USERS_FILE, write_users
+from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.evaluation.generative import Catalogue, evaluate_lists
+from generative_recommenders.evaluation.metrics import HR_AT, NDCG_AT
+from generative_recommenders.evaluation.retrieval import Evaluation
+from generative_recommenders.generative.assemble import (
+    GenerativeRecommender,
+    Plan,
+    Searcher,
+    Splits,
+    build_model,
+    codebooks_of,
+    load_ids,
+)
+from generative_recommenders.generative.tiger import TigerConfig
+from generative_recommenders.generative.tokens import IdTable
+from generative_recommenders.tokenizers.catalogue import CURRENT_FILE
+from generative_recommenders.tokenizers.config import TokenizerConfig
+from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
+from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.task import Settings, Task
+from generative_recommenders.training.tokenizer import TokenizerExperiment
+from generative_recommenders.training.trained import TrainedExperiment, configure_precision
+
+logger = logging.getLogger(__name__)
+
+# Bindings that do not change what is computed, so a run may be continued under other values of them.
+_NOT_IDENTITY = ("train_generative.resume", "train_generative.num_workers", "train_tokenizer.resume")
+IDS_FOLDER = "semantic_ids"
+
+
+class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
+    """A configuration bound to its data and semantic IDs."""
+
+    prefix = "train_generative"
+
+    def __init__(self, config: Config, places: Places, runtime: Runtime) -> None:
+        super().__init__(config, places, runtime)
+        self.plan = Plan.of(config)
+        e = self.plan.experiment
+        self.max_sequence_length, self.resume, self.random_seed = e.max_sequence_length, e.resume, e.random_seed
+        _check_metric(e.early_stopping_metric, e.top_k)
+        self.dataset = PreparedDataset.load(places.data_dir, e.dataset_name)
+        self.id_folders = [places.data_dir / e.dataset_name / IDS_FOLDER / name for name in e.semantic_ids]
+        self._make_ids()
+        self.tables = load_ids(self.id_folders, self.dataset)
+        self.splits = Splits.of(e, self.dataset)
+        configure_precision(e.enable_tf32)
+
+    def _make_ids(self) -> None:
+        """Make what is not there, where the configuration says how; its tokenizer's bindings are used in any case."""
+        e = self.plan.experiment
+        settings: TokenizerConfig = self.config.build(TokenizerConfig)
+        self.config.build(settings.tokenizer)
+        for name, folder in zip(e.semantic_ids, self.id_folders, strict=True):
+            if (folder / CURRENT_FILE).exists():
+                continue
+            if (settings.name, settings.dataset_name) != (name, e.dataset_name):
+                raise DataError(
+                    f"{folder}: no semantic IDs of this name, expected those of train_generative.semantic_ids; try "
+                    f"python main.py --gin_config_file=configs/{e.dataset_name}/{name}.gin, or include that file "
+                    "before main.experiment = @train_generative"
+                )
+            if self.runtime.is_main:
+                logger.info("%s: not there yet, making them", folder)
+                for line in TokenizerExperiment(self.config, self.places, self.runtime).run():
+                    logger.info("%s", line)
+            self.runtime.barrier()
+
+    def describe(self) -> str:
+        return self.plan.describe()
+
+    def identity(self) -> str:
+        bindings = self.config.fingerprint(exclude=_NOT_IDENTITY)
+        ids = "-".join(table.fingerprint[:16] for table in self.tables)
+        return f"{bindings}-{self.dataset.fingerprint}-{ids}-w{self.runtime.world_size}"
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return asdict(self.plan.experiment) | asdict(self.plan.model) | asdict(self.plan.search)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"semantic_ids": [table.fingerprint for table in self.tables]}
+
+    def split(self, name: str) -> Split:
+        return self.splits.named(name)
+
+    def model(self) -> GenerativeRecommender:
+        codebooks = codebooks_of(self.id_folders) if self.plan.experiment.codebook_start else None
+        return build_model(self.plan, self.tables, codebooks).to(self.runtime.device)
+
+    def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
+        """Batches of a held-out split, as this rank sees them."""
+        loader = self._loader(self.splits.named(split), self.plan.experiment.eval_batch_size, shuffle=False)
+        return itertools.islice(loader.epoch(0), limit)
+
+    def _loader(self, split: Split, batch_size: int, shuffle: bool) -> Loader:
+        e = self.plan.experiment
+        return Loader(
+            split,
+            batch_size,
+            e.random_seed,
+            shuffle,
+            self.runtime.rank,
+            self.runtime.world_size,
+            num_workers=e.num_workers,
+        )
+
+    def searcher(self, model: GenerativeRecommender) -> Searcher:
+        e = self.plan.experiment
+        return Searcher(model, self.tables, self.plan.search, e.top_k, e.filter_history, self.runtime.device)
+
+    def catalogue(self) -> Catalogue:
+        """What metrics need of the items; trained are those that are a target or in a history of the training split."""
+        ids = IdTable(*self.tables)
+        size = int(self.dataset.catalog.item_ids[-1]) + 1
+        codes_VL = ids.codes_of_items(torch.arange(size))
+        trained_V = torch.zeros(size, dtype=torch.bool)
+        data, train = self.dataset, self.splits.train
+        first, last = train.of_rows or (0, data.num_users)
+        ends_E = (data.offsets[1:] - train.ignore_last_n).repeat_interleave(data.lengths_U)
+        places_E = torch.arange(data.item_ids_E.numel())
+        inside_E = (places_E >= data.offsets[first]) & (places_E < data.offsets[last])
+        trained_V[data.item_ids_E[inside_E & (places_E < ends_E)]] = True
+        device = self.runtime.device
+        return Catalogue(codes_VL.to(device), trained_V.to(device), len(data.catalog))
+
+    def evaluate(self, model: GenerativeRecommender, split: str, limit: int | None = None) -> Evaluation:
+        return evaluate_lists(
+            model,
+            self.searcher(model),
+            self.batches(split, limit),
+            self.runtime,
+            self.catalogue(),
+            self.plan.experiment.top_k,
+        )
+
+    def extra_files(self, folder: Path) -> list[Path]:
+        """The item map, the tables of semantic IDs, and the users where the model has tokens of them."""
+        places = [folder / f"{IDS_FOLDER}-{number}" for number in range(len(self.tables))]
+        if self.runtime.is_main:
+            for table, place in zip(self.tables, places, strict=True):
+                table.save(place)
+        files = [self.dataset.folder / "items.parquet", *places]
+        if isinstance(self.plan.model, TigerConfig) and self.plan.model.user_tokens:
+            if self.runtime.is_main:
+                write_users(self.dataset, folder / USERS_FILE)
+            files.append(folder / USERS_FILE)
+        return files
+
+    def checked_method(self, top_k_method: str | None) -> Callable[[GenerativeRecommender], None]:
+        if top_k_method is not None:
+            raise ConfigError(
+                f"--top_k_method: got {top_k_method!r}, expected none with main.experiment = @train_generative; "
+                "its search has the bindings beam_search.*"
+            )
+        return lambda model: None
+
+    def require_fit(self, checkpoint: Checkpoint) -> None:
+        self.require_same_dataset(checkpoint)
+        noted = checkpoint.facts.get("semantic_ids")
+        if not isinstance(noted, list) or len(noted) != len(self.tables):
+            raise CheckpointError(
+                f"checkpoint {checkpoint.path}: got {noted or 'no semantic IDs'}, expected {len(self.tables)} tables; "
+                "try the config it was trained with"
+            )
+        for fingerprint, table in zip(noted, self.tables, strict=True):
+            table.check_fingerprint(fingerprint)
+        trained = Plan.of(load([str(checkpoint.path / "config.gin")])).model_bindings()
+        for name, value in self.plan.model_bindings().items():
+            if trained.get(name) != value:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.path}: was trained with {name} = {trained.get(name)!r}, got {value!r}; "
+                    "try the config it was trained with"
+                )
+
+    def dry_run(self) -> str:
+        """What a run would be; one batch goes through forward and backward."""
+        self.require_users()
+        model = self.model()
+        parameters = sum(p.numel() for p in model.parameters())
+        e = self.plan.experiment
+        loader = self._loader(self.splits.train, e.local_batch_size, shuffle=True)
+        batch = next(iter(loader.epoch(0))).to(self.runtime.device)
+        loss, _ = model(batch, 0)
+        loss.backward()
+        return "\n".join(
+            (
+                f"run          {self.plan.describe()}",
+                f"dataset      {self.dataset.name}: {self.dataset.num_users:,} users, "
+                f"{len(self.dataset.catalog):,} items, {self.dataset.item_ids_E.numel():,} events",
+                *(
+                    f"semantic IDs {folder}: {table.summary()}"
+                    for folder, table in zip(self.id_folders, self.tables, strict=True)
+                ),
+                f"parameters   {parameters:,}",
+                f"steps        {len(loader):,} an epoch, {len(loader) * e.num_epochs:,} in {e.num_epochs} epochs",
+                f"first batch  {batch.size} samples, {batch.item_ids_T.numel():,} events, loss {loss.item():.4f}",
+            )
+        )
+
+    def task(self, model: GenerativeRecommender) -> Task:
+        e = self.plan.experiment
+
+        def follow(epoch: int, complete: bool) -> Evaluation:
+            self.check_bindings(epoch)
+            return self.evaluate(model, self.followed_split, None if complete else e.partial_eval_num_iters)
+
+        return Task(
+            model=model,
+            batches=self._loader(self.splits.train, e.local_batch_size, shuffle=True),
+            evaluate=follow,
+            probe=lambda batch: {},
+            final=lambda: self.evaluate(model, "test"),
+        )
+
+    def settings(self) -> Settings:
+        e = self.plan.experiment
+        return Settings(
+            num_epochs=e.num_epochs,
+            learning_rate=e.learning_rate,
+            num_warmup_steps=e.num_warmup_steps,
+            weight_decay=e.weight_decay,
+            gradient_clip_norm=e.gradient_clip_norm,
+            random_seed=e.random_seed,
+            eval_interval=e.eval_interval,
+            full_eval_every_n=e.full_eval_every_n,
+            save_ckpt_every_n=e.save_ckpt_every_n,
+            checkpoint_every_n_steps=e.checkpoint_every_n_steps,
+            followed_split="valid" if self.dataset.explicit else e.eval_split,
+            reported_split="test",
+            keep_best=e.eval_split == "valid",
+            early_stopping_metric=e.early_stopping_metric,
+            early_stopping_patience=e.early_stopping_patience,
+            schedule=e.schedule,
+            accumulation=e.accumulation_steps,
+        )
+
+    def protocol(self) -> str:
+        selected = (
+            "selected on valid" if self.plan.experiment.eval_split == "valid" else "test curve, no validation set"
+        )
+        return f"{selected}; {'history filtered' if self.plan.experiment.filter_history else 'history not filtered'}"
+
+
+def _check_metric(name: str, top_k: int) -> None:
+    measured = [f"hr@{k}" for k in HR_AT if k <= top_k] + [f"ndcg@{k}" for k in NDCG_AT if k <= top_k] + ["mrr"]
+    names = measured + [f"sid_{metric}" for metric in measured]
+    if name not in names:
+        raise ConfigError(
+            f"train_generative.early_stopping_metric: got {name!r}, expected one of {', '.join(names)} "
+            f"with train_generative.top_k = {top_k}"
+        )
