@@ -119,21 +119,33 @@ def load_ids(folders: Sequence[Path], dataset: PreparedDataset) -> list[Semantic
     return tables
 
 
-def codebooks_of(folders: Sequence[Path]) -> list[Tensor]:
-    """Codebooks of the tokenizers of one modality after the other."""
-    return [book for folder in folders for book in load_quantizer(folder / TOKENIZER).codebooks()]
+def codebooks_of(folders: Sequence[Path], tables: Sequence[SemanticIds]) -> list[Tensor | None]:
+    """Codebooks of the tokenizers, one modality after the other; None for levels that a tokenizer does not have.
+
+    Raises:
+        DataError: IDs without a tokenizer, or with one that has no codebooks.
+    """
+    found: list[Tensor | None] = []
+    for folder, table in zip(folders, tables, strict=True):
+        books = load_quantizer(folder / TOKENIZER).codebooks()
+        found += [*books, *[None] * (table.levels - len(books))]
+    return found
 
 
 def build_model(
-    plan: Plan, tables: Sequence[SemanticIds], codebooks: Sequence[Tensor] | None = None
+    plan: Plan, tables: Sequence[SemanticIds], codebooks: Sequence[Tensor | None] | None = None
 ) -> GenerativeRecommender:
     """A new model; initial values depend on `train_generative.random_seed` alone."""
     torch.manual_seed(plan.experiment.random_seed)
     ids = IdTable(*tables)
     config = plan.model
+    model: GenerativeRecommender
     if isinstance(config, SIDGRConfig):
-        return SIDGR(config, ids, plan.experiment.max_sequence_length, codebooks)
-    model = Tiger(config, ids) if isinstance(config, TigerConfig) else ParallelTiger(config, ids)
+        model = SIDGR(config, ids, plan.experiment.max_sequence_length)
+    elif isinstance(config, TigerConfig):
+        model = Tiger(config, ids)
+    else:
+        model = ParallelTiger(config, ids)
     if codebooks is not None:
         model.tokens.from_codebooks(codebooks)
     return model

@@ -53,14 +53,11 @@ class SIDGR(nn.Module):
         config: bindings `sid_gr.*`.
         table: codes of the items.
         max_items: items of a history that are read, the newest ones.
-        codebooks: the tokenizer's, (sizes[l], d) a level, for `codebook_start`.
     Raises:
-        UserError: `codebook_start` without codebooks, or with some that do not fit.
+        UserError: histories of no items.
     """
 
-    def __init__(
-        self, config: SIDGRConfig, table: IdTable, max_items: int, codebooks: Sequence[Tensor] | None = None
-    ) -> None:
+    def __init__(self, config: SIDGRConfig, table: IdTable, max_items: int) -> None:
         super().__init__()
         if max_items < 1:
             raise UserError(f"SID-GR: got histories of {max_items} items, expected at least 1")
@@ -75,13 +72,6 @@ class SIDGR(nn.Module):
         self.backbone = DecoderStack(config, longest_row(table.levels, max_items, config.loss_items))
         self.output_norm = nn.LayerNorm(config.dim)
         self.heads = CodeHeads(table.sizes, config.dim, shared=config.shared_heads)
-        if config.codebook_start:
-            if codebooks is None:
-                raise UserError(
-                    "sid_gr.codebook_start: got IDs without a tokenizer, expected its codebooks; try False, or IDs "
-                    "that were made here"
-                )
-            self.tokens.from_codebooks(codebooks)
 
     def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's part of the global mean loss a code, and global scalars by name, without gradient.

@@ -28,8 +28,7 @@ class SIDGRConfig:
 
     shared_heads: one output matrix for all levels instead of one a level; probabilities are over a level's own codes
     in both. item_positions: a learned vector for an item's place in the window, oldest first. level_embeddings: one for
-    a code's level. time_bias: "hstu" knows when items happened; off, all times are equal. codebook_start: token
-    embeddings start from the tokenizer's codebooks.
+    a code's level. time_bias: "hstu" knows when items happened; off, all times are equal.
 
     activation_checkpoint: layers are computed again in backward. bf16: autocast of the backbone.
     """
@@ -46,7 +45,6 @@ class SIDGRConfig:
     item_positions: bool = True
     level_embeddings: bool = True
     time_bias: bool = True
-    codebook_start: bool = False
     activation_checkpoint: bool = False
     bf16: bool = False
 

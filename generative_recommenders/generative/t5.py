@@ -115,7 +115,7 @@ class SelfAttention(nn.Module):
 
     def dense(self, x_TD: Tensor, length: int, bias_HQQ: Tensor, draws: Draws | None) -> Tensor:
         """Rows of `length` tokens each."""
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in self.project(x_TD))
+        q, k, v = (x.unflatten(0, (x.shape[0] // length, length)).transpose(1, 2) for x in self.project(x_TD))
         keys = None if draws is None else draws.keys_T.view(-1, length)
         attended = rectangle_attention(q, k, v, bias_HQQ[None], self.weight_dropout, keys, draws)
         return self.output(attended.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -147,7 +147,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, memory: Memory, bias_HQN: Tensor | None, draws: Draws | None) -> Tensor:
         """T = R * Q tokens of the decoder."""
-        q_BQHK = self.query(x_TD).unflatten(-1, (self.heads, -1)).unflatten(0, (memory.size, -1))
+        queries = x_TD.shape[0] // max(memory.size, 1)
+        q_BQHK = self.query(x_TD).unflatten(-1, (self.heads, -1)).unflatten(0, (memory.size, queries))
         if bias_HQN is not None:
             bias_HQN = bias_HQN.repeat(1, q_BQHK.shape[1] // bias_HQN.shape[1], 1)
         k, v = self.keys_values(memory.states_SD)
@@ -313,7 +314,7 @@ class Decoder(nn.Module):
         x_TD = self.input_dropout(x_RQD.flatten(0, 1), draws)
         for layer in self.layers:
             x_TD = _run(layer, recompute, x_TD, memory, self_bias, cross_bias, draws)
-        return self.output_dropout(self.norm(x_TD), draws).unflatten(0, (-1, length))
+        return self.output_dropout(self.norm(x_TD), draws).unflatten(0, (x_TD.shape[0] // length, length))
 
     def _self_bias(self, queries: Tensor, keys: Tensor) -> Tensor:
         if self.self_bias is not None:

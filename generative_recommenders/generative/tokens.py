@@ -180,34 +180,37 @@ class TokenEmbedding(nn.Module):
         return jagged.concat_jagged(users_B1D, x_SD, right_offsets=offsets)
 
     @torch.no_grad()
-    def from_codebooks(self, codebooks: Sequence[Tensor]) -> None:
+    def from_codebooks(self, codebooks: Sequence[Tensor | None]) -> None:
         """Start the table from a tokenizer's codebooks, (sizes[l], d) a level; d may differ from D and by level.
 
         Codebooks of one width share one map to D: a rotation where d <= D, which keeps all distances, else the D
         directions that carry most. Each level is then scaled to the table's own spread, since residual codebooks shrink
-        from level to level. Levels behind the last codebook, such as one that only tells items apart, are left alone.
+        from level to level. A level of None, or behind the last codebook, such as one that only tells items apart, is
+        left alone.
 
         Raises:
             UserError: a codebook does not fit its level.
         """
         if len(codebooks) > len(self.sizes):
             raise UserError(f"codebooks: got {len(codebooks)} levels, expected at most {len(self.sizes)}")
+        rows: dict[int, Tensor] = {}
         for level, (size, codebook) in enumerate(zip(self.sizes, codebooks, strict=False)):
+            if codebook is None:
+                continue
             if codebook.dim() != 2 or codebook.shape[0] != size:
                 raise UserError(
                     f"codebooks: got shape {tuple(codebook.shape)} at level {level}, expected ({size}, width); "
                     "try the tokenizer that these IDs were made with"
                 )
-        rows = [codebook.detach().to("cpu", torch.float32) for codebook in codebooks]
-        rows = [codebook - codebook.mean(0) for codebook in rows]
-        widths = {codebook.shape[1] for codebook in rows}
-        maps = {d: _projection(torch.cat([c for c in rows if c.shape[1] == d]), self.dim) for d in sorted(widths)}
-        start = 0
-        for codebook in rows:
+            kept = codebook.detach().to("cpu", torch.float32)
+            rows[level] = kept - kept.mean(0)
+        widths = sorted({codebook.shape[1] for codebook in rows.values()})
+        maps = {d: _projection(torch.cat([c for c in rows.values() if c.shape[1] == d]), self.dim) for d in widths}
+        for level, codebook in rows.items():
             projected = codebook @ maps[codebook.shape[1]]
             spread = projected.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+            start = int(self.level_offsets_L[level])
             self.table[start : start + len(projected)].copy_(projected * (self.std / spread))
-            start += len(projected)
 
     def extra_repr(self) -> str:
         users = 0 if self.users is None else self.users.shape[0]

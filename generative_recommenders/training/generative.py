@@ -104,7 +104,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return self.splits.named(name)
 
     def model(self) -> GenerativeRecommender:
-        codebooks = codebooks_of(self.id_folders) if self.plan.experiment.codebook_start else None
+        codebooks = codebooks_of(self.id_folders, self.tables) if self.plan.experiment.codebook_start else None
         return build_model(self.plan, self.tables, codebooks).to(self.runtime.device)
 
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
@@ -255,10 +255,9 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         )
 
     def protocol(self) -> str:
-        selected = (
-            "selected on valid" if self.plan.experiment.eval_split == "valid" else "test curve, no validation set"
-        )
-        return f"{selected}; {'history filtered' if self.plan.experiment.filter_history else 'history not filtered'}"
+        e = self.plan.experiment
+        selected = "selected on valid" if e.eval_split == "valid" else "test curve, no validation set"
+        return f"{selected}, history {'filtered' if e.filter_history else 'not filtered'}"
 
 
 def _check_metric(name: str, top_k: int) -> None:

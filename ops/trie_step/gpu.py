@@ -53,7 +53,7 @@ def trie_step(
         kernels.child_keys,
         lambda config: (batch * beams,),
         *(logits_BMC, states_BM, scores_BM.contiguous(), offsets_S, tokens_E),
-        # The interpreter and older devices load no booleans.
+        # A boolean is a byte.
         None if allowed is None else allowed.contiguous().view(torch.uint8),
         *(keys_BX, *logits_BMC.stride()[:2], len(tokens_E) if per_request else 0),
         *(beams, codes, len(offsets_S) - 1, widest),
@@ -69,10 +69,11 @@ def trie_step(
     if beams == 0 or len(tokens_E) == 0:
         none_BK = torch.full((batch, k), -1, device=keys_BX.device)
         return scores_BK, none_BK, none_BK.clone(), none_BK.clone(), valid_BK.sum(dim=1), pruned_B
-    place_BK = torch.where(valid_BK, _LOW_WORD - (best_BX[:, :k] & _LOW_WORD), 0)
+    # In range also where kernels are compiled and not run, and keys hold anything.
+    place_BK = torch.where(valid_BK, _LOW_WORD - (best_BX[:, :k] & _LOW_WORD), 0).clamp_max(beams * widest - 1)
     parents_BK = place_BK // widest
     from_BK = states_BM.gather(1, parents_BK).clamp(0, len(offsets_S) - 2)
-    node_BK = torch.where(valid_BK, offsets_S[from_BK] + place_BK % widest, 0)
+    node_BK = torch.where(valid_BK, offsets_S[from_BK] + place_BK % widest, 0).clamp(0, len(tokens_E) - 1)
     found = (parents_BK, tokens_E[node_BK].long(), node_BK)
     parents_BK, tokens_BK, states_BK = (torch.where(valid_BK, x, -1) for x in found)
     return scores_BK, parents_BK, tokens_BK, states_BK, valid_BK.sum(dim=1), pruned_B

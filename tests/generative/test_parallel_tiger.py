@@ -17,12 +17,18 @@ from generative_recommenders.generative import parallel_exact, parallel_merging
 from generative_recommenders.generative.beam import beam_search
 from generative_recommenders.generative.beam_config import BeamSearchConfig
 from generative_recommenders.generative.beam_result import BeamResult
-from generative_recommenders.generative.parallel_biases import CodebookBias, HistoryItemBias, RecencyBias
+from generative_recommenders.generative.parallel_biases import (
+    CodebookBias,
+    HistoryItemBias,
+    RecencyBias,
+    SummedBias,
+)
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.parallel_decoding import LeftToRight, ParallelSearch, joint_ids
 from generative_recommenders.generative.parallel_exact import CodeSums, best_places
 from generative_recommenders.generative.parallel_tiger import ParallelTiger
 from generative_recommenders.generative.scoring import exhaustive
+from generative_recommenders.generative.t5 import EncoderLayer
 from generative_recommenders.generative.t5_attention import RelativePositionBias
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.generative.trie import Trie
@@ -109,18 +115,20 @@ def test_exact_is_brute_force(k: int, temperature: float) -> None:
         assert [score for _, score in rows_of(result, row)] == pytest.approx([s for _, s in expected], abs=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 4, 50])
-@pytest.mark.parametrize("one_each", [False, True])
-def test_exact_excludes_history_and_what_a_filter_has_not(k: int, one_each: bool) -> None:
-    ids = ids_of()
+@pytest.mark.parametrize("k", [1, 4, 300])
+@pytest.mark.parametrize("per_request", [False, True])
+def test_exact_excludes_history_and_what_a_filter_has_not(k: int, per_request: bool) -> None:
+    ids = ids_of(4, (7, 7, 7), items=250)
     model, trie = model_of(ids), trie_of(ids)
-    batch = batches.batch([4, 9], ITEMS)
-    kept = torch.arange(ITEMS) % 2 == 0
-    result = ParallelSearch(model, trie)(batch, 50, BeamSearchConfig(), allowed=trie.allow(kept), exclude_history=True)
-    odd = {int(item) for item in ids.item_ids_N[~kept]}
+    batch = batches.batch([4, 9], 250)
+    kept = torch.stack([torch.arange(250) % 5 == 0, torch.arange(250) % 7 < 2])
+    kept = kept if per_request else kept[:1].expand(2, -1)
+    allowed = trie.allow(kept if per_request else kept[0])
+    result = ParallelSearch(model, trie)(batch, k, BeamSearchConfig(), allowed=allowed, exclude_history=True)
     for row in range(2):
-        seen = set(batch.item_ids_T[batch.offsets[row] : batch.offsets[row + 1]].tolist())
-        expected = brute_force(ids, log_probs_of(model, batch), row, 50, frozenset(odd | seen))
+        out = set(batch.item_ids_T[batch.offsets[row] : batch.offsets[row + 1]].tolist())
+        out |= set(ids.item_ids_N[~kept[row]].tolist())
+        expected = brute_force(ids, log_probs_of(model, batch), row, k, frozenset(out))
         assert [item for item, _ in rows_of(result, row)] == [item for item, _ in expected]
 
 
@@ -397,6 +405,26 @@ def test_the_order_of_a_history_matters_through_the_biases_alone() -> None:
         assert not torch.allclose(model.level_logits(batch)[0], model.level_logits(turned)[0], atol=1e-3)
         model = model_of(has_relative_encoder_item_bias=False)
         torch.testing.assert_close(model.level_logits(batch)[0], model.level_logits(turned)[0], atol=1e-4, rtol=0)
+
+
+def test_recency_is_counted_from_the_newest_item() -> None:
+    """With all else silenced, a history is what its newest item is, however many came before."""
+    model = model_of(has_relative_decoder_item_bias_ca=True)
+    assert isinstance(model.decoder.cross_bias, SummedBias)
+    recency = model.decoder.cross_bias.parts[0]
+    assert isinstance(recency, RecencyBias)
+    batch = batches.batch([2, 5, 7], ITEMS)
+    ends = batch.offsets[1:] - 1
+    with torch.no_grad():
+        recency.buckets.table[1] = 100.0
+        for layer in model.encoder.layers:
+            assert isinstance(layer, EncoderLayer)
+            layer.attention.output.weight.zero_()
+        same = replace(batch, item_ids_T=batch.item_ids_T.index_fill(0, ends, 3))
+        for logits in model.level_logits(same):
+            torch.testing.assert_close(logits[1:], logits[:1].expand(2, -1))
+        first, second, _ = model.level_logits(batch)[0]
+        assert not torch.allclose(first, second, atol=1e-3)
 
 
 def test_events_without_an_id_are_left_out() -> None:

@@ -1,0 +1,195 @@
+"""The generative experiment on toy data, end to end: IDs made first, three models, resuming, metrics, lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from generative_recommenders.config import ConfigError, load
+from generative_recommenders.data.dataset import PreparedDataset
+from generative_recommenders.data.errors import DataError
+from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.errors import UserError
+from generative_recommenders.serving.generated import recommender_of
+from generative_recommenders.serving.histories import Histories
+from generative_recommenders.tokenizers.catalogue import load_current, remove_items
+from generative_recommenders.training.checkpoint import CheckpointError
+from generative_recommenders.training.experiment import Places, experiment_of
+from generative_recommenders.training.generative import GenerativeExperiment
+from generative_recommenders.training.runs import find_checkpoint
+from tests.toy import write_toy_dataset
+
+HERE = Runtime(0, 1, torch.device("cpu"))
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = (
+    "train_tokenizer.dataset_name = 'toy'",
+    "train_tokenizer.embedding_dim = 8",
+    "rq_kmeans.sizes = (4, 4)",
+    "train_generative.dataset_name = 'toy'",
+    "train_generative.max_sequence_length = 6",
+    "train_generative.local_batch_size = 16",
+    "train_generative.num_epochs = 2",
+    "train_generative.num_warmup_steps = 3",
+    "train_generative.schedule = 'inverse_sqrt'",
+    "train_generative.top_k = 10",
+    "beam_search.widths = 10",
+    *(f"{m}.{n}" for m in ("tiger", "parallel_tiger") for n in ("num_encoder_layers = 1", "num_decoder_layers = 1")),
+    *(f"{m}.{n}" for m in ("tiger", "parallel_tiger") for n in ("dim = 16", "num_heads = 2", "dkv = 8")),
+    *(f"{m}.ffn_hidden_dim = 32" for m in ("tiger", "parallel_tiger", "sid_gr")),
+    "sid_gr.dim = 16",
+    "sid_gr.num_blocks = 1",
+    "sid_gr.num_heads = 2",
+)
+KINDS = ("tiger", "parallel-tiger", "sid-gr-hstu", "sid-gr-transformer")
+Make = Callable[..., GenerativeExperiment]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    write_toy_dataset(tmp_path)
+
+    def experiment(*bindings: str, kind: str = "tiger", exps: str = "exps") -> GenerativeExperiment:
+        config = load([CONFIGS / "amzn14-beauty" / f"{kind}.gin"], [*SMALL, *bindings])
+        made = experiment_of(config, Places(tmp_path, tmp_path / exps), HERE)
+        assert isinstance(made, GenerativeExperiment)
+        return made
+
+    return experiment
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_model_trains_and_is_evaluated_and_recommends(make: Make, kind: str) -> None:
+    experiment = make("beam_search.verify = True", kind=kind)
+    lines = experiment.run()
+    assert lines[-1].startswith("TEST eval: NDCG@5 ")
+    (metrics,) = experiment.places.exps_dir.glob("toy-l6/*/metrics.json")
+    record = json.loads(metrics.read_text())
+    measured = record["metrics"]
+    assert measured["valid"] == 1.0 and measured["duplicates"] == 0.0
+    assert measured["sid_hr@10"] >= measured["hr@10"] >= measured["hr@5"]
+    assert record["protocol"] == "selected on valid, history not filtered"
+    # The checkpoint alone gives the same metrics, whichever way it is found.
+    for checkpoint in (None, metrics.parent):
+        again = make("beam_search.verify = True", kind=kind).evaluate_checkpoint(checkpoint, "test")
+        assert again.metrics == pytest.approx(measured, nan_ok=True)
+    recommender = recommender_of(find_checkpoint(metrics.parent))
+    history = experiment.dataset.catalog.raw_ids[:3]
+    table = recommender.recommend(Histories(["u", "v"], [history, [history[0], "nonsense"]], [None] * 2, [None] * 2), 4)
+    assert table["rank"].tolist() == [1, 2, 3, 4] * 2
+    ids = load_current(experiment.id_folders[0])
+    assert ids.raw_ids is not None
+    codes = dict(zip(ids.raw_ids.tolist(), ids.codes_NL.tolist(), strict=True))
+    spelled = ["".join(f"<{n}_{c}>" for n, c in zip("abcd", codes[i], strict=False)) for i in table["item_id"]]
+    assert table["semantic_id"].tolist() == spelled
+    filtered = recommender.recommend(Histories(["u"], [history], [None], [None]), 30, filter_history=True)
+    assert not set(filtered["item_id"]) & set(history)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_cut_short_continues_to_the_same_metrics(make: Make, kind: str) -> None:
+    whole, _ = make(kind=kind, exps="whole").train()
+    make("train_generative.num_epochs = 1", kind=kind).train()
+    (folder,) = make(kind=kind).places.exps_dir.glob("toy-l6/*")
+    rest, _ = make(f"train_generative.resume = '{folder}'", kind=kind).train()
+    assert rest.metrics == pytest.approx(whole.metrics, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_samples_takes_part(make: Make, kind: str) -> None:
+    experiment = make(kind=kind)
+    model = experiment.model()
+    nobody = experiment.splits.train.batch(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    loss, scalars = model(nobody, 0)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and scalars["main_loss"] == 0.0
+    assert all(p.grad is not None and not bool(p.grad.any()) for p in model.parameters())
+
+
+def test_a_batch_in_parts_learns_the_same(make: Make) -> None:
+    whole, _ = make("tiger.dropout_rate = 0.0", exps="whole").train()
+    parts, _ = make("tiger.dropout_rate = 0.0", "train_generative.accumulation_steps = 3", exps="parts").train()
+    assert parts.metrics["ndcg@10"] == pytest.approx(whole.metrics["ndcg@10"], abs=0.02)
+
+
+def test_wider_beams_change_what_is_certified_alone(make: Make) -> None:
+    _, folder = make().train()
+    narrow = make("beam_search.widths = 1").evaluate_checkpoint(folder, "test").metrics
+    wide = make("beam_search.widths = 40").evaluate_checkpoint(folder, "test").metrics
+    certified = make("beam_search.widths = 2", "beam_search.certify = True").evaluate_checkpoint(folder, "test").metrics
+    assert narrow["certified"] < wide["certified"] == certified["certified"] == 1.0
+    assert certified["hr@10"] == wide["hr@10"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_start_from_the_tokenizers_codebooks(make: Make, kind: str) -> None:
+    started = make("train_generative.codebook_start = True", kind=kind).model().tokens
+    drawn = make(kind=kind).model().tokens
+    digit = int(started.level_offsets_L[2])
+    assert not torch.equal(started.table[:digit], drawn.table[:digit])
+    # The digit that tells items of one tuple apart has no codebook.
+    assert torch.equal(started.table[digit:], drawn.table[digit:])
+
+
+def test_ids_of_another_dataset_or_table_are_refused(make: Make, tmp_path: Path) -> None:
+    _, folder = make().train()
+    other = ("train_tokenizer.name = 'other'", "train_generative.semantic_ids = ('other',)", "rq_kmeans.sizes = (5, 3)")
+    with pytest.raises(UserError, match="expected"):
+        make(*other).evaluate_checkpoint(folder, "test")
+    with pytest.raises(DataError, match=r"no semantic IDs of this name"):
+        make("train_generative.semantic_ids = ('nothing',)")
+    write_toy_dataset(tmp_path, "second", num_users=30)
+    (tmp_path / "second" / "semantic_ids").symlink_to(tmp_path / "toy" / "semantic_ids")
+    with pytest.raises(DataError, match="dataset"):
+        make("train_generative.dataset_name = 'second'", "train_tokenizer.dataset_name = 'second'")
+
+
+def test_removed_items_are_never_listed_and_the_model_stays_good(make: Make) -> None:
+    experiment = make()
+    _, folder = experiment.train()
+    gone = experiment.dataset.catalog.item_ids[:5]
+    remove_items(experiment.id_folders[0], gone)
+    evaluation = make().evaluate_checkpoint(folder, "test")
+    assert evaluation.metrics["valid"] == 1.0
+    after = make()
+    lists = after.searcher(after.model())(next(iter(after.batches("test"))))
+    assert not bool(torch.isin(lists.items_BK[lists.valid_BK], gone).any())
+
+
+@pytest.mark.parametrize(
+    ("bindings", "told"),
+    [
+        (["train_generative.model = 'TIGRE'"], "TIGER"),
+        (["train_generative.early_stopping_metric = 'hr@50'"], r"top_k = 10"),
+        (["train_generative.semantic_ids = ('a', 'b')"], "ParallelTIGER"),
+        (["beam_search.widths = 0"], "beam_search.widths"),
+        (["beam_search.widths = (3, 3)"], "levels"),
+        (["train_generative.dataset_name = 'toys'"], "toys"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(make: Make, bindings: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        make(*bindings).train()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_retrieval_method_is_refused(make: Make) -> None:
+    _, folder = make("train_generative.num_epochs = 1").train()
+    with pytest.raises(ConfigError, match="beam_search"):
+        make().evaluate_checkpoint(folder, "test", "MIPSBruteForceTopK")
+    with pytest.raises(CheckpointError, match="trained with"):
+        make("tiger.dim = 32").evaluate_checkpoint(folder, "test")
+
+
+def test_trained_items_are_those_of_the_training_events(make: Make) -> None:
+    experiment = make()
+    data: PreparedDataset = experiment.dataset
+    wanted = {
+        int(item)
+        for user in range(data.num_users)
+        for item in data.item_ids_E[data.offsets[user] : data.offsets[user + 1] - 2]
+    }
+    assert set(experiment.catalogue().trained_V.nonzero().flatten().tolist()) == wanted
