@@ -35,6 +35,21 @@ SMALL = (
     "train_fn.item_embedding_dim = 16",
     "train_fn.local_batch_size = 32",
 )
+SMALL_IDS = ("train_tokenizer.embedding_dim = 8", "rq_kmeans.sizes = (4, 4)")
+# By the experiment that a config is of.
+SMALL_BINDINGS = {
+    "train_fn": SMALL,
+    "train_tokenizer": SMALL_IDS,
+    "train_generative": (
+        *SMALL_IDS,
+        "train_generative.num_epochs = 1",
+        "train_generative.max_sequence_length = 8",
+        "train_generative.local_batch_size = 32",
+        "sid_gr.dim = 16",
+        "sid_gr.num_blocks = 1",
+        "sid_gr.num_heads = 2",
+    ),
+}
 # Added at the end, where they win.
 SMALL_SCRIPTS = {
     "run_fractal_expansion.py": ["--num-row-multiplier=2", "--num-col-multiplier=2"],
@@ -107,10 +122,14 @@ class Reader:
     def _main(self, interpreter: list[str], arguments: list[str]) -> None:
         files, bindings = _values(arguments, "gin_config_file"), _values(arguments, "gin_bindings")
         if files:
-            name = config.load([self.folder / file for file in files], bindings).experiment().dataset_name
+            loaded = config.load([self.folder / file for file in files], bindings)
+            name = loaded.experiment().dataset_name
             if not (self.folder / "tmp" / name).exists():
                 write_toy_dataset(self.folder / "tmp", name)
-            arguments = [*arguments, *(f"--gin_bindings={binding}" for binding in SMALL)]
+            arguments = [
+                *arguments,
+                *(f"--gin_bindings={binding}" for binding in SMALL_BINDINGS[loaded.build(config.Main).experiment]),
+            ]
         for file in _values(arguments, "histories"):
             (self.folder / file).write_text('user_id,item_ids\n7,"sku-3,item-3"\n')
         self._run([*interpreter, "main.py", *arguments])
