@@ -193,6 +193,14 @@ def test_evaluate_gives_the_metrics_of_the_test_line(trained: Trained, launch: L
     assert _figures(outcome.logged[-1]) == _figures(trained.lines[-1])
 
 
+def test_the_filter_of_the_history_is_chosen_at_evaluation(trained: Trained, launch: Launch) -> None:
+    unfiltered = launch(
+        "--mode=evaluate", f"--checkpoint={trained.folder}", "--gin_bindings=train_fn.filter_history = False"
+    )
+    assert unfiltered.status == 0, unfiltered.err
+    assert _figures(unfiltered.logged[-1]) != _figures(trained.lines[-1])
+
+
 def _figures(line: str) -> str:
     """A TEST line without the seconds."""
     return line.rpartition(",")[0]

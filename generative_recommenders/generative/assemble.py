@@ -36,7 +36,7 @@ ModelConfig = TigerConfig | ParallelTigerConfig | SIDGRConfig
 GenerativeRecommender = Tiger | ParallelTiger | SIDGR
 # train_generative.model -> the configurable of its bindings.
 MODELS = {"TIGER": "tiger", "ParallelTIGER": "parallel_tiger", "SIDGR": "sid_gr"}
-_MODEL_BINDINGS = ("model", "max_sequence_length", "eval_split", "filter_history")
+_MODEL_BINDINGS = ("model", "max_sequence_length", "eval_split")
 
 
 @dataclass(frozen=True)

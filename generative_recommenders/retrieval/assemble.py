@@ -36,7 +36,7 @@ ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 _LONGEST_NAME = 200
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
-    "interaction_module_type main_module_bf16 filter_history eval_split "
+    "interaction_module_type main_module_bf16 eval_split "
     "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings event_columns"
 ).split()
 
