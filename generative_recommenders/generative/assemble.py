@@ -36,6 +36,8 @@ ModelConfig = TigerConfig | ParallelTigerConfig | SIDGRConfig
 GenerativeRecommender = Tiger | ParallelTiger | SIDGR
 # train_generative.model -> the configurable of its bindings.
 MODELS = {"TIGER": "tiger", "ParallelTIGER": "parallel_tiger", "SIDGR": "sid_gr"}
+# Of the models' bindings, those that change how a trained model is used or computed, not what it is.
+_USE_BINDINGS = ("decoding", "modality_merge", "activation_checkpoint")
 _MODEL_BINDINGS = ("model", "max_sequence_length", "eval_split")
 
 
@@ -63,7 +65,8 @@ class Plan:
         """The bindings that decide what a trained model computes."""
         own: dict[str, object] = {f"train_generative.{n}": getattr(self.experiment, n) for n in _MODEL_BINDINGS}
         prefix = MODELS[self.experiment.model]
-        return own | {f"{prefix}.{name}": value for name, value in asdict(self.model).items()}
+        chosen = {name: value for name, value in asdict(self.model).items() if name not in _USE_BINDINGS}
+        return own | {f"{prefix}.{name}": value for name, value in chosen.items()}
 
     def describe(self) -> str:
         """The name of a run."""

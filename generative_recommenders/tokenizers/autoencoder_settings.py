@@ -27,7 +27,8 @@ class AutoencoderSettings:
             ("center"), or as it is ("none").
         codebook: codes learn by their gradient ("gradient"), as moving averages ("ema"), or as fixed codes behind one
             trained matrix ("simvq").
-        estimator: of the gradient through the choice of a code: "ste", "rotation" or "gumbel".
+        estimator: of the gradient through the choice of a code: "ste", "rotation" or "gumbel". "rotation" goes with
+            "ema": codes that learn by gradient fall behind what it moves, and become uneven.
         straight_through: "total" or, as LC-Rec has it, "per_level". With the latter and "ste" no level but the first
             sends the encoder a commitment.
         sinkhorn_epsilons: one a level, or none. Above 0, codes of a training batch are balanced by that much entropy;

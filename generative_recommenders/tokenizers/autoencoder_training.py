@@ -79,6 +79,17 @@ class Autoencoder(nn.Module):
         """z of all rows, float32 (N, d), in blocks and without gradients."""
         return torch.cat([self.encoder(self.inputs(x_ND[rows])) for rows in blocks(*x_ND.shape)])
 
+    @torch.no_grad()
+    def center(self, x_ND: Tensor) -> None:
+        """Move z of these rows to mean 0 by the biases of the layers before and after it; the decoded stay the same."""
+        mean_d = self.latent(x_ND).mean(dim=0)
+        before, after, last = self.encoder.layers[-1], self.decoder.layers[0], self.decoder.layers[-1]
+        assert isinstance(before, nn.Linear) and isinstance(after, nn.Linear) and isinstance(last, nn.Linear)
+        before.bias.sub_(mean_d)
+        after.bias.add_(after.weight @ mean_d)
+        if self.decoder.skip:
+            last.bias.add_(mean_d)
+
     def codes(self, x_ND: Tensor) -> Tensor:
         """(N, L): the nearest ones."""
         return residual_quantize(self.latent(x_ND), self.quantizer.vectors())[0]
@@ -336,7 +347,7 @@ def _advice(settings: AutoencoderSettings, level: int, usage: float, step: int) 
         ('reconstruction="sum"', settings.reconstruction == "sum"),
         ('straight_through="total"', settings.straight_through == "total"),
         ('optimizer="adagrad"', settings.optimizer == "adagrad"),
-        ('estimator="rotation"', settings.estimator == "rotation"),
+        ('codebook="ema"', settings.codebook == "ema"),
     ]
     left = [*[text for text, done in steps if not done][:3], "a lower learning_rate", "fewer codes in `sizes`"]
     got = f"{usage:.1%} of the codes of level {level} in use at step {step}"

@@ -155,6 +155,10 @@ def _mean_and_scale(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 def _initialize(model: Autoencoder, x_ND: Tensor, algorithm: str | None, seed: int, progress: Progress | None) -> None:
     """Codebooks from k-means, level by level on what the nearest codes leave; no algorithm leaves them as they are."""
+    if model.quantizer.estimator == "rotation":
+        # Rotations are about the origin. Away from it the gradients of a batch no longer cancel where they should, and
+        # all of z drifts off faster than its codes follow.
+        model.center(x_ND)
     if algorithm is None:
         return
     residual_Nd = model.latent(x_ND)

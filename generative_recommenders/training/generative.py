@@ -39,7 +39,7 @@ from generative_recommenders.training.checkpoint import Checkpoint, CheckpointEr
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.task import Settings, Task
 from generative_recommenders.training.tokenizer import TokenizerExperiment
-from generative_recommenders.training.trained import TrainedExperiment, configure_precision
+from generative_recommenders.training.trained import TrainedExperiment, configure_precision, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -234,25 +234,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
     def settings(self) -> Settings:
         e = self.plan.experiment
-        return Settings(
-            num_epochs=e.num_epochs,
-            learning_rate=e.learning_rate,
-            num_warmup_steps=e.num_warmup_steps,
-            weight_decay=e.weight_decay,
-            gradient_clip_norm=e.gradient_clip_norm,
-            random_seed=e.random_seed,
-            eval_interval=e.eval_interval,
-            full_eval_every_n=e.full_eval_every_n,
-            save_ckpt_every_n=e.save_ckpt_every_n,
-            checkpoint_every_n_steps=e.checkpoint_every_n_steps,
-            followed_split="valid" if self.dataset.explicit else e.eval_split,
-            reported_split="test",
-            keep_best=e.eval_split == "valid",
-            early_stopping_metric=e.early_stopping_metric,
-            early_stopping_patience=e.early_stopping_patience,
-            schedule=e.schedule,
-            accumulation=e.accumulation_steps,
-        )
+        followed = "valid" if self.dataset.explicit else e.eval_split
+        return settings_of(e, followed, schedule=e.schedule, accumulation=e.accumulation_steps)
 
     def protocol(self) -> str:
         e = self.plan.experiment

@@ -32,7 +32,7 @@ from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.task import Settings, Task
-from generative_recommenders.training.trained import TrainedExperiment, configure_precision, test_line
+from generative_recommenders.training.trained import TrainedExperiment, configure_precision, settings_of, test_line
 
 __all__ = ["RetrievalExperiment", "test_line"]
 
@@ -197,24 +197,7 @@ class RetrievalExperiment(TrainedExperiment[RetrievalModel]):
         )
 
     def settings(self) -> Settings:
-        e = self.plan.experiment
-        return Settings(
-            num_epochs=e.num_epochs,
-            learning_rate=e.learning_rate,
-            num_warmup_steps=e.num_warmup_steps,
-            weight_decay=e.weight_decay,
-            gradient_clip_norm=e.gradient_clip_norm,
-            random_seed=e.random_seed,
-            eval_interval=e.eval_interval,
-            full_eval_every_n=e.full_eval_every_n,
-            save_ckpt_every_n=e.save_ckpt_every_n,
-            checkpoint_every_n_steps=e.checkpoint_every_n_steps,
-            followed_split=self.followed_split,
-            reported_split="test",
-            keep_best=e.eval_split == "valid",
-            early_stopping_metric=e.early_stopping_metric,
-            early_stopping_patience=e.early_stopping_patience,
-        )
+        return settings_of(self.plan.experiment, self.followed_split)
 
     def protocol(self) -> str:
         if self.plan.experiment.eval_split == "valid":

@@ -30,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
+_SHARED_SETTINGS = (
+    "num_epochs learning_rate num_warmup_steps weight_decay gradient_clip_norm random_seed eval_interval "
+    "full_eval_every_n save_ckpt_every_n checkpoint_every_n_steps early_stopping_metric early_stopping_patience"
+).split()
+
 
 class TrainedExperiment(ABC, Generic[M]):
     """An experiment whose result is a model; `M` is its type.
@@ -274,6 +279,13 @@ class TrainedExperiment(ABC, Generic[M]):
             "seed": self.random_seed,
             **environment(self.runtime.device),
         }
+
+
+def settings_of(experiment: Any, followed_split: str, **more: Any) -> Settings:
+    """The settings of a run from the bindings of `train_fn` or `train_generative`, which share these names."""
+    shared = {name: getattr(experiment, name) for name in _SHARED_SETTINGS}
+    selects = experiment.eval_split == "valid"
+    return Settings(**shared, followed_split=followed_split, reported_split="test", keep_best=selects, **more)
 
 
 def configure_precision(enable_tf32: bool) -> None:

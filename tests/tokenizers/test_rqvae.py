@@ -61,6 +61,7 @@ def items_ND() -> Tensor:
         {"codebook": "ema"},
         {"codebook": "simvq"},
         {"estimator": "rotation"},
+        {"estimator": "rotation", "codebook": "ema"},
         {"estimator": "gumbel"},
         {"straight_through": "per_level"},
         {"estimator": "rotation", "straight_through": "per_level"},
@@ -237,6 +238,23 @@ def test_revived_codes_are_residuals_and_used_ones_stay(items_ND: Tensor) -> Non
         assert int(training.counts[level].sum()) == 0
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_centering_moves_the_latent_and_nothing_else(items_ND: Tensor, skip: bool) -> None:
+    width = items_ND.shape[1]
+    ends = (width, 12, width if skip else 8)
+    encoder, decoder = Mlp(ends, skip=skip), Mlp(ends[::-1], skip=skip)
+    with torch.no_grad():
+        for parameter in (*encoder.parameters(), *decoder.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model = Autoencoder(encoder, ResidualVq(SIZES, ends[-1]), decoder, mean=None, scale=None)
+    before_Nd, decoded_ND = model.latent(items_ND), decoder(model.latent(items_ND)).detach()
+    model.center(items_ND)
+    after_Nd = model.latent(items_ND)
+    assert float(before_Nd.mean(dim=0).norm()) > 0.5 and float(after_Nd.mean(dim=0).norm()) < 1e-4
+    assert torch.allclose(after_Nd, before_Nd - before_Nd.mean(dim=0), atol=1e-4)
+    assert torch.allclose(decoder(after_Nd), decoded_ND, atol=1e-3)
+
+
 def test_a_collapse_stops_with_advice(items_ND: Tensor) -> None:
     settings = replace(
         SMALL,
@@ -314,6 +332,15 @@ def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> 
 def test_a_name_is_that_of_the_method() -> None:
     with pytest.raises(ConfigError, match=r"RqKMeansPlus\.steps"):
         RqKMeansPlus(steps=0)
+
+
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+def test_rotation_starts_around_the_origin(items_ND: Tensor, codebook: str) -> None:
+    settings = replace(SMALL, estimator="rotation", codebook=codebook, steps=21, plain_share=20 / 21, keep="last")
+    z_Nd = replace(settings, learning_rate=1e-3).fit(items_ND, seed=0).latent(items_ND)
+    assert float(z_Nd.mean(dim=0).norm() / z_Nd.norm(dim=1).mean()) < 0.05
+    other_Nd = replace(settings, learning_rate=1e-3, estimator="ste").fit(items_ND, seed=0).latent(items_ND)
+    assert float(other_Nd.mean(dim=0).norm() / other_Nd.norm(dim=1).mean()) > 0.1
 
 
 @pytest.mark.slow

@@ -176,6 +176,17 @@ def test_mistakes_are_told_in_one_line(make: Make, bindings: list[str], told: st
     assert "\n" not in str(caught.value)
 
 
+def test_the_search_is_chosen_at_evaluation(make: Make) -> None:
+    _, folder = make(kind="parallel-tiger").train()
+    exact = make(kind="parallel-tiger").evaluate_checkpoint(folder, "test").metrics
+    wide = ("beam_search.widths = 40", "parallel_tiger.decoding = 'beam'", "train_generative.filter_history = False")
+    assert make(*wide, kind="parallel-tiger").evaluate_checkpoint(folder, "test").metrics == pytest.approx(
+        exact, nan_ok=True
+    )
+    filtered = make("train_generative.filter_history = True", kind="parallel-tiger")
+    assert filtered.evaluate_checkpoint(folder, "test").metrics["hr@10"] != exact["hr@10"]
+
+
 def test_a_retrieval_method_is_refused(make: Make) -> None:
     _, folder = make("train_generative.num_epochs = 1").train()
     with pytest.raises(ConfigError, match="beam_search"):
