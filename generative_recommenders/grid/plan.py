@@ -25,9 +25,12 @@ from generative_recommenders.config import REPOSITORY_ROOT, Config, Main, load
 from generative_recommenders.config_syntax import suggestion
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.errors import UserError, one_line
+from generative_recommenders.generative.assemble import Plan as GenerativePlan
+from generative_recommenders.generative.config import GenerativeConfig
 from generative_recommenders.grid.sweep import GridError, Sweep, check_bindings
 from generative_recommenders.retrieval.assemble import Plan, require_events, require_ratings
 from generative_recommenders.retrieval.config import RetrievalConfig
+from generative_recommenders.tokenizers.config import TokenizerConfig
 
 # Bindings that do not change what is computed, so that a finished run stays finished under other values of them.
 _WITHOUT_EFFECT = ("create_data_loader.num_workers", "create_data_loader.prefetch_factor")
@@ -255,9 +258,14 @@ class _Planner:
 
 
 def _construct(config: Config, name: str) -> Any:
-    if registry.class_of(name.rpartition("/")[2]) is RetrievalConfig:
+    """The experiment, with all that it would construct, so that what nothing uses is known."""
+    kind = registry.class_of(name.rpartition("/")[2])
+    if kind is RetrievalConfig:
         return Plan.of(config).experiment
-    return config.experiment()
+    if kind in (GenerativeConfig, TokenizerConfig):
+        # Generative runs make the semantic IDs that are not there.
+        config.build(config.build(TokenizerConfig).tokenizer)
+    return GenerativePlan.of(config).experiment if kind is GenerativeConfig else config.experiment()
 
 
 def _assignments(text: str) -> dict[str, str]:
