@@ -26,9 +26,11 @@ from generative_recommenders.tokenizers.build import (
     identity_of,
     write_built,
 )
-from generative_recommenders.tokenizers.catalogue import load_current
+from generative_recommenders.tokenizers.catalogue import TOKENIZER, load_current
 from generative_recommenders.tokenizers.config import TokenizerConfig
 from generative_recommenders.tokenizers.quality import QualityReport
+from generative_recommenders.tokenizers.quantizer import fingerprint, load_quantizer
+from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.environment import environment
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.reporting import Reporter
@@ -74,12 +76,10 @@ class TokenizerExperiment:
         )
         found = identity_of(self.folder)
         if self.settings.resume == "auto" and found == identity:
+            # Raises DataError where its files are damaged.
+            self._whole()
             return [*self._quality(), f"{self.folder}: there already; train_tokenizer.resume = 'never' makes it again"]
-        if self.settings.resume == "auto" and self.folder.exists():
-            raise ConfigError(
-                f"{self.folder}: holds IDs of other settings or data, got this config; models know their IDs by "
-                "fingerprint: try another train_tokenizer.name, or train_tokenizer.resume = 'never' to replace them"
-            )
+        self._require_place(identity)
         return self._make(embeddings, identity)
 
     def report(self, checkpoint: Path | None, split: str, top_k_method: str | None) -> list[str]:
@@ -89,7 +89,30 @@ class TokenizerExperiment:
                 "--checkpoint, --top_k_method: got one, expected neither with main.experiment = @train_tokenizer; "
                 f"its IDs are in {self.folder}"
             )
-        return [*self._quality(), load_current(self.folder).summary()]
+        return [*self._quality(), self._whole().summary()]
+
+    def _require_place(self, identity: str) -> None:
+        """Refuse to replace IDs of other settings, which another process may have made meanwhile."""
+        if self.settings.resume == "auto" and self.folder.exists() and identity_of(self.folder) != identity:
+            raise ConfigError(
+                f"{self.folder}: holds IDs of other settings or data, got this config; models know their IDs by "
+                "fingerprint: try another train_tokenizer.name, or train_tokenizer.resume = 'never' to replace them"
+            )
+
+    def _whole(self) -> SemanticIds:
+        """The table in use, after a look at its tokenizer.
+
+        Raises:
+            DataError: one of them is missing or damaged, or they do not belong together.
+        """
+        table = load_current(self.folder)
+        found = fingerprint(load_quantizer(self.folder / TOKENIZER))
+        if found != table.tokenizer_fingerprint:
+            raise DataError(
+                f"{self.folder}: got tokenizer {found}, expected {table.tokenizer_fingerprint}, which the table was "
+                "made with; put it back, or make both again with train_tokenizer.resume = 'never'"
+            )
+        return table
 
     def _make(self, embeddings: Embeddings, identity: str) -> list[str]:
         reporter = Reporter(self.run_folder)
@@ -112,6 +135,7 @@ class TokenizerExperiment:
             )
             text = self.config.operative()
             reporter.config(text)
+            self._require_place(identity)
             write_built(built, embeddings.values_ND, self.folder, identity, text)
             reporter.scalars(built.report.scalars(), 0, "quality/")
             reporter.final(self._record(built, time.monotonic() - started), asdict(self.settings))
@@ -160,7 +184,7 @@ class TokenizerExperiment:
             return [QualityReport.from_json(path.read_text(encoding="utf-8")).table()]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: cannot be read ({one_line(error)}); try --mode=train, or train_tokenizer.resume = 'never'"
+                f"{path}: cannot be read ({one_line(error)}); try --mode=train with train_tokenizer.resume = 'never'"
             ) from error
 
     def _record(self, built: Built, seconds: float) -> dict[str, Any]:

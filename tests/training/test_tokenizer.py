@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
 from generative_recommenders.tokenizers.catalogue import load_current
 from generative_recommenders.tokenizers.quantizer import fingerprint, load_quantizer
+from generative_recommenders.training import tokenizer
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.tokenizer import TokenizerExperiment
 from tests.toy import write_toy_dataset
@@ -83,6 +85,30 @@ def test_ids_are_made_once_and_the_same_again(make: Make) -> None:
     again = make("train_tokenizer.resume = 'never'")
     again.run()
     assert (again.folder / "v1" / "codes.safetensors").read_bytes() == codes
+
+
+@pytest.mark.parametrize("damage", ["v1/codes.safetensors", "tokenizer/model.safetensors", "current.json"])
+def test_a_damaged_folder_is_not_taken_for_a_made_one(make: Make, damage: str) -> None:
+    first = make()
+    first.run()
+    (first.folder / damage).write_bytes(b"{")
+    with pytest.raises(UserError):
+        make().run()
+    with pytest.raises(UserError):
+        make().report(None, "test", None)
+
+
+def test_ids_made_meanwhile_by_another_config_are_not_overwritten(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = tokenizer.build_semantic_ids
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(tokenizer, "build_semantic_ids", build)
+        make("train_tokenizer.random_seed = 7").run()
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(tokenizer, "build_semantic_ids", slow)
+    with pytest.raises(ConfigError, match="holds IDs of other settings"):
+        make().run()
 
 
 def test_other_settings_are_refused_or_replace(make: Make) -> None:
