@@ -28,7 +28,7 @@ from generative_recommenders.tokenizers.build import (
 )
 from generative_recommenders.tokenizers.catalogue import TOKENIZER, load_current
 from generative_recommenders.tokenizers.config import TokenizerConfig
-from generative_recommenders.tokenizers.quality import QualityReport
+from generative_recommenders.tokenizers.quality import QualityReport, quality_report
 from generative_recommenders.tokenizers.quantizer import fingerprint, load_quantizer
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.environment import environment
@@ -89,10 +89,21 @@ class TokenizerExperiment:
                 "--checkpoint, --top_k_method: got one, expected neither with main.experiment = @train_tokenizer; "
                 f"its IDs are in {self.folder}"
             )
-        return [*self._quality(), self._whole().summary()]
+        table = self._whole()
+        if table.version > 1:
+            # The report of the build is of the first version; codes alone tell the rest.
+            grown = table.without_removed()
+            return [quality_report(grown.codes_NL, grown.sizes).table(), grown.summary()]
+        return [*self._quality(), table.summary()]
 
     def _require_place(self, identity: str) -> None:
-        """Refuse to replace IDs of other settings, which another process may have made meanwhile."""
+        """Refuse to replace IDs of other settings, which another process may have made meanwhile, and grown ones."""
+        versions = list(self.folder.glob("v[0-9]*"))
+        if len(versions) > 1:
+            raise ConfigError(
+                f"{self.folder}: has grown to {len(versions)} versions, which models may be of, got a config that "
+                "would make it anew; try another train_tokenizer.name, or move the folder away"
+            )
         if self.settings.resume == "auto" and self.folder.exists() and identity_of(self.folder) != identity:
             raise ConfigError(
                 f"{self.folder}: holds IDs of other settings or data, got this config; models know their IDs by "

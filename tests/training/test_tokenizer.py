@@ -14,7 +14,7 @@ from generative_recommenders.config import ConfigError, load
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
-from generative_recommenders.tokenizers.catalogue import load_current
+from generative_recommenders.tokenizers.catalogue import load_current, remove_items
 from generative_recommenders.tokenizers.quantizer import fingerprint, load_quantizer
 from generative_recommenders.training import tokenizer
 from generative_recommenders.training.experiment import Places, experiment_of
@@ -122,6 +122,17 @@ def test_other_settings_are_refused_or_replace(make: Make) -> None:
     make(*other, "train_tokenizer.resume = 'never'").run()
     assert load_current(first.folder).sizes[:2] == (5, 3)
     make(*other, "train_tokenizer.name = 'second'").run()
+
+
+def test_a_grown_catalogue_is_not_made_anew(make: Make) -> None:
+    first = make()
+    first.run()
+    remove_items(first.folder, [3])
+    assert "there already" in make().run()[-1]
+    assert "39 items" in make().report(None, "test", None)[-1]
+    with pytest.raises(ConfigError, match="2 versions"):
+        make("train_tokenizer.resume = 'never'").run()
+    assert load_current(first.folder).version == 2
 
 
 def test_it_is_fitted_on_items_of_the_training_events(make: Make) -> None:
