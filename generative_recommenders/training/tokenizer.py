@@ -116,6 +116,8 @@ class TokenizerExperiment:
         Raises:
             DataError: one of them is missing or damaged, or they do not belong together.
         """
+        if not self.folder.exists():
+            raise DataError(f"{self.folder}: no such folder, expected semantic IDs; try --mode=train first")
         table = load_current(self.folder)
         found = fingerprint(load_quantizer(self.folder / TOKENIZER))
         if found != table.tokenizer_fingerprint:
