@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from generative_recommenders.config import configurable
-from generative_recommenders.errors import UserError
 from generative_recommenders.generative.parallel_biases import CodebookBias, HistoryItemBias, RecencyBias, summed
-from generative_recommenders.generative.t5 import T5Shape
-from generative_recommenders.generative.t5_attention import PositionBias, RelativePositionBias
+from generative_recommenders.generative.t5_attention import PositionBias
+from generative_recommenders.generative.t5_config import T5Config
 
-_AT_LEAST_ONE = "num_encoder_layers num_decoder_layers dim num_heads dkv ffn_hidden_dim".split()
-_SHARES = "dropout_rate label_smoothing".split()
 _CHOICES = {
-    "ffn_activation_fn": ("relu", "gated-gelu"),
     "encoder_aggregation": ("flatten", "sum", "mean", "concat"),
     "training_mode": ("standard", "masked"),
     "loss_normalization": ("per_sample", "per_batch", "unnormalized"),
@@ -28,11 +24,8 @@ ModalityMerge = Literal["joint", "mixture", "published"]
 
 @configurable("parallel_tiger")
 @dataclass(frozen=True)
-class ParallelTigerConfig:
-    """Bindings `parallel_tiger.*`.
-
-    num_encoder_layers, num_decoder_layers, dim, num_heads, dkv (width of a head), ffn_hidden_dim, ffn_activation_fn,
-    relative_attention_num_buckets, relative_attention_max_distance (in items), dropout_rate: the T5, as for `tiger`.
+class ParallelTigerConfig(T5Config):
+    """Bindings `parallel_tiger.*`: those of `T5Config`, distances being in items, and:
 
     encoder_aggregation: what the encoder reads of an item: its codes as tokens one after the other ("flatten"), or one
     token that is their "sum", their "mean", or a learned matrix of them laid side by side ("concat").
@@ -48,26 +41,15 @@ class ParallelTigerConfig:
     are predicted, 1 to n alike, and which; the others are given to the decoder, so that it learns every conditional.
     loss_normalization, of "masked": a sample's cross-entropies are divided by their number ("per_sample"), by that of
     the whole batch ("per_batch"), or summed ("unnormalized"); except for "per_batch", samples are then averaged.
-    level_weights: one weight a position, none given is 1 each; they multiply cross-entropies and divide nothing.
-    label_smoothing: share of a target spread over the codes of its level.
+    level_weights multiply cross-entropies and divide nothing.
 
     decoding: "exact" scores every item from the one pass; "beam" searches the trie with the same scores;
     "autoregressive" goes left to right, each position given those before, which takes training_mode "masked".
     modality_merge, of several IDs an item: see `parallel_decoding`; "beam" and "autoregressive" take "joint" alone.
-
-    activation_checkpoint: recompute the layers in backward. bf16: bfloat16 autocast of encoder and decoder.
     """
 
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
-    dim: int = 128
-    num_heads: int = 6
-    dkv: int = 64
-    ffn_hidden_dim: int = 1024
-    ffn_activation_fn: Literal["relu", "gated-gelu"] = "relu"
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    dropout_rate: float = 0.1
+    prefix: ClassVar[str] = "parallel_tiger"
+
     encoder_aggregation: Literal["flatten", "sum", "mean", "concat"] = "sum"
     has_relative_encoder_item_bias: bool = True
     has_relative_encoder_codebook_bias: bool = True
@@ -78,25 +60,13 @@ class ParallelTigerConfig:
     use_multi_head: bool = False
     training_mode: Literal["standard", "masked"] = "standard"
     loss_normalization: Literal["per_sample", "per_batch", "unnormalized"] = "per_sample"
-    level_weights: tuple[float, ...] = ()
-    label_smoothing: float = 0.0
     decoding: Decoding = "exact"
     modality_merge: ModalityMerge = "joint"
-    activation_checkpoint: bool = False
-    bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            self._expect(name, getattr(self, name) >= 1, "at least 1")
-        for name in _SHARES:
-            self._expect(name, 0.0 <= getattr(self, name) < 1.0, f"0 <= {name} < 1")
+        super().__post_init__()
         for name, choices in _CHOICES.items():
             self._expect(name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
-        weights = self.level_weights
-        self._expect("level_weights", not weights or (min(weights) >= 0.0 and sum(weights) > 0.0), "weights from 0")
-        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        self._expect("relative_attention_num_buckets", buckets >= 4 and buckets % 2 == 0, "an even number from 4 on")
-        self._expect("relative_attention_max_distance", distance > buckets // 2, "more than half of the buckets")
         self._expect(
             "loss_normalization",
             self.training_mode == "masked" or self.loss_normalization == "per_sample",
@@ -113,10 +83,6 @@ class ParallelTigerConfig:
             f"'joint' with parallel_tiger.decoding = {self.decoding!r}",
         )
 
-    def _expect(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise UserError(f"parallel_tiger.{name}: got {getattr(self, name)!r}, expected {expected}")
-
     def describe(self) -> str:
         """For a run's name: all that changes the weights a training ends with."""
         switches = (
@@ -127,24 +93,10 @@ class ParallelTigerConfig:
             self.has_relative_decoder_codebook_bias_ca,
         )
         masked = f"masked-{self.loss_normalization}" if self.training_mode == "masked" else "standard"
-        weights = f"-w{','.join(f'{w:g}' for w in self.level_weights)}" if self.level_weights else ""
-        smoothing = f"-ls{self.label_smoothing:g}" if self.label_smoothing else ""
         return (
-            f"ParallelTIGER-e{self.num_encoder_layers}-d{self.num_decoder_layers}-dim{self.dim}"
-            f"-h{self.num_heads}x{self.dkv}-ffn{self.ffn_hidden_dim}-{self.ffn_activation_fn}-do{self.dropout_rate:g}"
+            f"ParallelTIGER-{self.describe_sizes()}"
             f"-{self.encoder_aggregation}-b{''.join(str(int(switch)) for switch in switches)}"
-            f"-{'multi' if self.use_multi_head else 'one'}-{masked}{weights}{smoothing}"
-        )
-
-    def shape(self) -> T5Shape:
-        return T5Shape(
-            dim=self.dim,
-            num_heads=self.num_heads,
-            dkv=self.dkv,
-            ffn_hidden_dim=self.ffn_hidden_dim,
-            dropout_rate=self.dropout_rate,
-            activation=self.ffn_activation_fn,
-            activation_checkpoint=self.activation_checkpoint,
+            f"-{'multi' if self.use_multi_head else 'one'}-{masked}{self.describe_loss()}"
         )
 
     @property
@@ -154,7 +106,9 @@ class ParallelTigerConfig:
 
     def encoder_bias(self, levels: int) -> PositionBias | None:
         return summed(
-            HistoryItemBias(self._buckets(True), self._tokens(levels)) if self.has_relative_encoder_item_bias else None,
+            HistoryItemBias(self.position_bias(True), self._tokens(levels))
+            if self.has_relative_encoder_item_bias
+            else None,
             self._codebook(levels) if self.has_relative_encoder_codebook_bias and self.flat else None,
         )
 
@@ -164,7 +118,9 @@ class ParallelTigerConfig:
 
     def cross_bias(self, levels: int) -> PositionBias | None:
         return summed(
-            RecencyBias(self._buckets(False), self._tokens(levels)) if self.has_relative_decoder_item_bias_ca else None,
+            RecencyBias(self.position_bias(False), self._tokens(levels))
+            if self.has_relative_decoder_item_bias_ca
+            else None,
             self._codebook(levels) if self.has_relative_decoder_codebook_bias_ca and self.flat else None,
         )
 
@@ -173,12 +129,3 @@ class ParallelTigerConfig:
 
     def _codebook(self, levels: int) -> CodebookBias:
         return CodebookBias(self.num_heads, levels, std=self.dim**-0.5)
-
-    def _buckets(self, bidirectional: bool) -> RelativePositionBias:
-        return RelativePositionBias(
-            self.num_heads,
-            bidirectional=bidirectional,
-            num_buckets=self.relative_attention_num_buckets,
-            max_distance=self.relative_attention_max_distance,
-            std=self.dim**-0.5,
-        )

@@ -12,6 +12,7 @@ Letters: B requests, M beams, S tokens of the context (or, of jagged rows, all t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -73,20 +74,20 @@ class Memory:
         return Memory(self.states_BD[rows], self.places.select(rows), layers)
 
 
-class SoftmaxDecoding(nn.Module):
+class SoftmaxDecoding(nn.Module, ABC):
     """Prefill and steps of a softmax layer that is given in three parts."""
 
+    @abstractmethod
     def queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the residual adds to (…, D), and queries (…, H, K)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (…, H, K) each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, residual: Tensor, attended: Tensor, draws: Draws | None) -> Tensor:
         """Next states from the attended values (…, H * K)."""
-        raise NotImplementedError
 
     def prefill(
         self, x_SD: Tensor, rows: SequenceBatch, groups: RowGroups | None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,113 +24,53 @@ from generative_recommenders.config import configurable
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
 from generative_recommenders.generative.heads import CodeHeads
-from generative_recommenders.generative.t5 import Decoder, DecoderState, Encoder, Memory, T5Shape
-from generative_recommenders.generative.t5_attention import RelativePositionBias
+from generative_recommenders.generative.t5 import Decoder, DecoderState, Encoder, Memory
+from generative_recommenders.generative.t5_config import T5Config
 from generative_recommenders.generative.tokens import IdTable, TokenEmbedding, token_draws
 from generative_recommenders.nn.dropout import Draws
 
 # Decoder tokens of all candidates that teacher forcing handles at a time.
 _CHUNK_TOKENS = 1 << 16
-_AT_LEAST_ONE = "num_encoder_layers num_decoder_layers dim num_heads dkv ffn_hidden_dim".split()
-_SHARES = "dropout_rate label_smoothing".split()
 
 
 @configurable("tiger")
 @dataclass(frozen=True)
-class TigerConfig:
-    """Bindings `tiger.*`, with the paper's sizes.
-
-    num_encoder_layers, num_decoder_layers, dim, num_heads, dkv (width of a head), ffn_hidden_dim, ffn_activation_fn,
-    relative_attention_num_buckets, relative_attention_max_distance: the T5. dropout_rate: in all of T5's places.
+class TigerConfig(T5Config):
+    """Bindings `tiger.*`, with the paper's sizes; those of `T5Config`, and:
 
     user_tokens: rows that users share by hash, put before their histories; 0 is none. separator: a learned token after
     each item. shared_heads: one matrix for all levels instead of one a level; tie_embeddings: the token embedding is
-    that matrix; head_hidden_dim: width of a layer before it, 0 is none.
-
-    loss_reduction: over levels, "sum" or "mean"; level_weights: one weight a level, none given is 1 each; the mean is
-    weighted. label_smoothing: share of the target spread over the codes of its level.
-
-    activation_checkpoint: recompute the layers in backward. bf16: bfloat16 autocast of encoder and decoder.
+    that matrix; head_hidden_dim: width of a layer before it, 0 is none. loss_reduction: over levels, "sum" or "mean";
+    the mean is weighted.
     """
 
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
-    dim: int = 128
-    num_heads: int = 6
-    dkv: int = 64
-    ffn_hidden_dim: int = 1024
-    ffn_activation_fn: Literal["relu", "gated-gelu"] = "relu"
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    dropout_rate: float = 0.1
+    prefix: ClassVar[str] = "tiger"
+
     user_tokens: int = 2000
     separator: bool = False
     shared_heads: bool = False
     tie_embeddings: bool = False
     head_hidden_dim: int = 0
     loss_reduction: Literal["sum", "mean"] = "sum"
-    level_weights: tuple[float, ...] = ()
-    label_smoothing: float = 0.0
-    activation_checkpoint: bool = False
-    bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"tiger.{name}: got {getattr(self, name)}, expected at least 1")
+        super().__post_init__()
         for name in ("user_tokens", "head_hidden_dim"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"tiger.{name}: got {getattr(self, name)}, expected at least 0; 0 is none")
-        for name in _SHARES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"tiger.{name}: got {getattr(self, name)}, expected 0 <= {name} < 1")
-        if self.level_weights and (min(self.level_weights) < 0.0 or sum(self.level_weights) <= 0.0):
-            raise ValueError(f"tiger.level_weights: got {self.level_weights}, expected none negative and not all 0")
-        if self.tie_embeddings and (not self.shared_heads or self.head_hidden_dim):
-            raise ValueError(
-                "tiger.tie_embeddings: got True with heads of their own; try tiger.shared_heads = True and "
-                "tiger.head_hidden_dim = 0"
-            )
-        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4 or buckets % 2 or distance <= buckets // 2:
-            raise ValueError(
-                f"tiger.relative_attention_num_buckets: got {buckets} up to distance {distance}, expected an even "
-                "number from 4 on and a tiger.relative_attention_max_distance above half of it"
-            )
-
-    def build(self, table: IdTable) -> Tiger:
-        """Raises UserError where the levels of `table` do not fit."""
-        return Tiger(self, table)
+            self._expect(name, getattr(self, name) >= 0, "at least 0; 0 is none")
+        own_heads = not self.shared_heads or self.head_hidden_dim > 0
+        self._expect(
+            "tie_embeddings",
+            not (self.tie_embeddings and own_heads),
+            "False with heads of their own; try tiger.shared_heads = True and tiger.head_hidden_dim = 0",
+        )
 
     def describe(self) -> str:
+        """For a run's name."""
         heads = "tied" if self.tie_embeddings else "shared" if self.shared_heads else "level"
         mlp = f"-hh{self.head_hidden_dim}" if self.head_hidden_dim else ""
-        weights = f"-w{','.join(f'{w:g}' for w in self.level_weights)}" if self.level_weights else ""
-        smoothing = f"-ls{self.label_smoothing:g}" if self.label_smoothing else ""
         return (
-            f"TIGER-e{self.num_encoder_layers}-d{self.num_decoder_layers}-dim{self.dim}-h{self.num_heads}x{self.dkv}"
-            f"-ffn{self.ffn_hidden_dim}-{self.ffn_activation_fn}-do{self.dropout_rate:g}-u{self.user_tokens}"
-            f"{'-sep' if self.separator else ''}-{heads}{mlp}-{self.loss_reduction}{weights}{smoothing}"
-        )
-
-    def shape(self) -> T5Shape:
-        return T5Shape(
-            dim=self.dim,
-            num_heads=self.num_heads,
-            dkv=self.dkv,
-            ffn_hidden_dim=self.ffn_hidden_dim,
-            dropout_rate=self.dropout_rate,
-            activation=self.ffn_activation_fn,
-            activation_checkpoint=self.activation_checkpoint,
-        )
-
-    def position_bias(self, bidirectional: bool) -> RelativePositionBias:
-        return RelativePositionBias(
-            self.num_heads,
-            bidirectional=bidirectional,
-            num_buckets=self.relative_attention_num_buckets,
-            max_distance=self.relative_attention_max_distance,
-            std=self.dim**-0.5,
+            f"TIGER-{self.describe_sizes()}-u{self.user_tokens}{'-sep' if self.separator else ''}"
+            f"-{heads}{mlp}-{self.loss_reduction}{self.describe_loss()}"
         )
 
 

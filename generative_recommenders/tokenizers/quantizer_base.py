@@ -43,8 +43,6 @@ class Quantizer(nn.Module, ABC):
         Raises:
             DataError: the codes do not fit `sizes`, or codes of this kind stand for no embedding (`reconstructs`).
         """
-        if not self.reconstructs:
-            raise DataError(f"{self.kind} tokenizer: its codes stand for no embedding; leave reconstruction out")
         self.check_codes(codes_NL)
         result_ND = torch.empty(len(codes_NL), self.width, device=codes_NL.device)
         with torch.no_grad():
@@ -104,7 +102,7 @@ class Quantizer(nn.Module, ABC):
     def _distances(self, x_nD: Tensor, codes_nL: Tensor, level: int) -> Tensor: ...
 
     def _reconstruct(self, codes_nL: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise DataError(f"{self.kind} tokenizer: its codes stand for no embedding; leave reconstruction out")
 
     def _device(self) -> torch.device:
         return next(self.buffers()).device

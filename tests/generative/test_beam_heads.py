@@ -19,7 +19,7 @@ from generative_recommenders.generative.parallel_tiger import ParallelTiger
 from generative_recommenders.generative.scoring import exhaustive
 from generative_recommenders.generative.sid_gr import SIDGR
 from generative_recommenders.generative.sid_gr_config import SIDGRConfig
-from generative_recommenders.generative.tiger import TigerConfig
+from generative_recommenders.generative.tiger import Tiger, TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from tests.generative.beam_cases import Reference, TableModel, batch_of, leaves_of, random_ids, trie_of
@@ -29,7 +29,7 @@ MAX_ITEMS = 6
 
 def tiger(ids: SemanticIds) -> nn.Module:
     shape = {"num_encoder_layers": 2, "num_decoder_layers": 2, "dim": 16, "num_heads": 2, "dkv": 8}
-    return TigerConfig(**shape, ffn_hidden_dim=24, user_tokens=5).build(IdTable(ids))
+    return Tiger(TigerConfig(**shape, ffn_hidden_dim=24, user_tokens=5), IdTable(ids))
 
 
 def parallel_tiger(ids: SemanticIds) -> nn.Module:

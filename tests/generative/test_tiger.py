@@ -36,7 +36,7 @@ def tiger(table: IdTable | None = None, seed: int = 0, **bindings: Any) -> Tiger
     torch.manual_seed(seed)
     small = {"num_encoder_layers": 2, "num_decoder_layers": 2, "dim": 16, "num_heads": 3, "dkv": 8}
     config = TigerConfig(**small | {"ffn_hidden_dim": 24, "user_tokens": 7} | bindings)
-    model = config.build(IdTable(ids()) if table is None else table)
+    model = Tiger(config, IdTable(ids()) if table is None else table)
     with torch.no_grad():
         for matrix in model.heads.matrices:
             matrix.normal_()
@@ -325,7 +325,7 @@ def test_checkpoints_hold_every_weight_once_and_no_table() -> None:
         ({"dropout_rate": 1.0}, r"tiger\.dropout_rate: got 1\.0"),
         ({"tie_embeddings": True}, r"try tiger\.shared_heads = True"),
         ({"level_weights": (0.0, 0.0)}, r"tiger\.level_weights"),
-        ({"relative_attention_max_distance": 16}, "up to distance 16"),
+        ({"relative_attention_max_distance": 16}, r"tiger\.relative_attention_max_distance: got 16"),
     ],
 )
 def test_bad_bindings_are_refused(bindings: dict[str, Any], message: str) -> None:
