@@ -108,8 +108,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return build_model(self.plan, self.tables, codebooks).to(self.runtime.device)
 
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
-        """Batches of a held-out split, as this rank sees them."""
-        loader = self._loader(self.splits.named(split), self.plan.experiment.eval_batch_size, shuffle=False)
+        """Batches of a held-out split, as this rank sees them; `limit` of them hold users from all over the split."""
+        loader = self._loader(self.splits.named(split), self.plan.experiment.eval_batch_size, shuffle=limit is not None)
         return itertools.islice(loader.epoch(0), limit)
 
     def _loader(self, split: Split, batch_size: int, shuffle: bool) -> Loader:

@@ -195,6 +195,15 @@ def test_a_retrieval_method_is_refused(make: Make) -> None:
         make("tiger.dim = 32").evaluate_checkpoint(folder, "test")
 
 
+def test_a_partial_evaluation_sees_users_from_all_over_the_split(make: Make) -> None:
+    experiment = make("train_generative.eval_batch_size = 4")
+    users = torch.cat([batch.user_ids_B for batch in experiment.batches("valid", 3)]).tolist()
+    again = torch.cat([batch.user_ids_B for batch in experiment.batches("valid", 3)]).tolist()
+    every = torch.cat([batch.user_ids_B for batch in experiment.batches("valid")]).tolist()
+    assert users == again and len(set(users)) == 12 and max(users) > every[len(every) // 2]
+    assert every == sorted(every)
+
+
 def test_trained_items_are_those_of_the_training_events(make: Make) -> None:
     experiment = make()
     data: PreparedDataset = experiment.dataset
