@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +72,24 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         e = self.plan.experiment
         settings: TokenizerConfig = self.config.build(TokenizerConfig)
         self.config.build(settings.tokenizer)
-        for name, folder in zip(e.semantic_ids, self.id_folders, strict=True):
-            if (folder / CURRENT_FILE).exists():
-                continue
-            if (settings.name, settings.dataset_name) != (name, e.dataset_name):
-                raise DataError(
-                    f"{folder}: no semantic IDs of this name, expected those of train_generative.semantic_ids; try "
-                    f"python main.py --gin_config_file=configs/{e.dataset_name}/{name}.gin, or include that file "
-                    "before main.experiment = @train_generative"
-                )
-            if self.runtime.is_main:
-                logger.info("%s: not there yet, making them", folder)
-                for line in TokenizerExperiment(self.config, self.places, self.runtime).run():
-                    logger.info("%s", line)
-            self.runtime.barrier()
+        # Only rank 0 looks: others might find what it has just made, and would then not wait with it.
+        if self.runtime.is_main:
+            for name, folder in zip(e.semantic_ids, self.id_folders, strict=True):
+                if not (folder / CURRENT_FILE).exists():
+                    self._make(settings, name, folder)
+        self.runtime.barrier()
+
+    def _make(self, settings: TokenizerConfig, name: str, folder: Path) -> None:
+        e = self.plan.experiment
+        if (settings.name, settings.dataset_name) != (name, e.dataset_name):
+            raise DataError(
+                f"{folder}: no semantic IDs of this name, expected those of train_generative.semantic_ids; try "
+                f"python main.py --gin_config_file=configs/{e.dataset_name}/{name}.gin, or include that file "
+                "before main.experiment = @train_generative"
+            )
+        logger.info("%s: not there yet, making them", folder)
+        for line in TokenizerExperiment(self.config, self.places, self.runtime).run():
+            logger.info("%s", line)
 
     def describe(self) -> str:
         return self.plan.describe()
@@ -128,6 +133,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         e = self.plan.experiment
         return Searcher(model, self.tables, self.plan.search, e.top_k, e.filter_history, self.runtime.device)
 
+    @cached_property
     def catalogue(self) -> Catalogue:
         """What metrics need of the items; trained are those that are a target or in a history of the training split."""
         ids = IdTable(*self.tables)
@@ -149,7 +155,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             self.searcher(model),
             self.batches(split, limit),
             self.runtime,
-            self.catalogue(),
+            self.catalogue,
             self.plan.experiment.top_k,
         )
 

@@ -34,27 +34,43 @@ MOL = [
 ]
 
 
-def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict], dict]:
+RETRIEVAL = [
+    "train_fn.dataset_name = 'toy'",
+    "train_fn.num_negatives = 8",
+    "train_fn.num_epochs = 2",
+    "train_fn.max_sequence_length = 12",
+    "train_fn.item_embedding_dim = 8",
+    "train_fn.gradient_clip_norm = 1.0",
+]
+GENERATIVE = [
+    "main.experiment = @train_generative",
+    "train_tokenizer.dataset_name = 'toy'",
+    "train_tokenizer.embedding_dim = 8",
+    "rq_kmeans.sizes = (4, 4)",
+    "train_generative.dataset_name = 'toy'",
+    "train_generative.num_epochs = 2",
+    "train_generative.max_sequence_length = 5",
+    "train_generative.gradient_clip_norm = 1.0",
+    "train_generative.top_k = 10",
+    "beam_search.widths = 10",
+]
+
+
+def train(tmp_path: Path, world_size: int, prefix: str, bindings: list[str]) -> tuple[list[dict], dict]:
     exps = tmp_path / f"exps{world_size}"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if world_size == 2 else []
-    bindings = [
-        "train_fn.dataset_name = 'toy'",
-        "train_fn.num_negatives = 8",
-        "train_fn.num_epochs = 2",
-        f"train_fn.local_batch_size = {16 // world_size}",
-        f"train_fn.eval_batch_size = {10 + world_size}",
-        "train_fn.max_sequence_length = 12",
-        "train_fn.item_embedding_dim = 8",
-        "train_fn.gradient_clip_norm = 1.0",
-        *extra,
-    ]
+    batches = [f"{prefix}.local_batch_size = {16 // world_size}", f"{prefix}.eval_batch_size = {10 + world_size}"]
     command = [sys.executable, *launcher, "main.py", f"--data_dir={tmp_path}", f"--exps_dir={exps}", "--device=cpu"]
     done = subprocess.run(
-        [*command, *(f"--gin_bindings={b}" for b in bindings)], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*command, *(f"--gin_bindings={b}" for b in [*bindings, *batches])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.rstrip().splitlines()[-1].startswith("TEST eval:")
-    (folder,) = {p.parent for p in exps.glob("*/*/metrics.json")}
+    (folder,) = {p.parent for p in exps.glob("toy-l*/*/metrics.json")}
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, json.loads((folder / "metrics.json").read_text())
 
@@ -88,8 +104,8 @@ def train(tmp_path: Path, world_size: int, extra: list[str]) -> tuple[list[dict]
 )
 def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)
-    one, one_final = train(tmp_path, 1, extra)
-    two, two_final = train(tmp_path, 2, extra)
+    one, one_final = train(tmp_path, 1, "train_fn", [*RETRIEVAL, *extra])
+    two, two_final = train(tmp_path, 2, "train_fn", [*RETRIEVAL, *extra])
     for a, b in zip(one, two, strict=True):
         if "train" in a:
             assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=2e-5)
@@ -100,4 +116,33 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
     assert (one_final["world_size"], two_final["world_size"]) == (1, 2)
     one_loss, two_loss = (final["metrics"].pop("loss") for final in (one_final, two_final))
     assert one_loss == pytest.approx(two_loss, abs=2e-5)
+    assert one_final["metrics"] == pytest.approx(two_final["metrics"], abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [
+            "train_generative.model = 'TIGER'",
+            *(f"tiger.{n}" for n in ("num_encoder_layers = 1", "num_decoder_layers = 1", "dim = 8", "num_heads = 2")),
+            *(f"tiger.{n}" for n in ("dkv = 4", "ffn_hidden_dim = 16", "dropout_rate = 0.2", "user_tokens = 5")),
+        ],
+        [
+            "train_generative.model = 'SIDGR'",
+            "train_generative.samples = 'last'",
+            *(f"sid_gr.{n}" for n in ("num_blocks = 1", "dim = 8", "num_heads = 2", "dropout_rate = 0.2")),
+        ],
+    ],
+    ids=["tiger", "sid-gr"],
+)
+def test_two_ranks_generate_what_one_does(tmp_path: Path, extra: list[str]) -> None:
+    write_toy_dataset(tmp_path, num_users=USERS)
+    # Two ranks first: one of them makes the semantic IDs, and the other waits.
+    two, two_final = train(tmp_path, 2, "train_generative", [*GENERATIVE, *extra])
+    one, one_final = train(tmp_path, 1, "train_generative", [*GENERATIVE, *extra])
+    for a, b in zip(one, two, strict=True):
+        if a.get("train"):
+            assert a["train"]["loss"] == pytest.approx(b["train"]["loss"], abs=2e-5)
+        assert a["users"] == b["users"]
+        assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-9, nan_ok=True)
     assert one_final["metrics"] == pytest.approx(two_final["metrics"], abs=1e-9, nan_ok=True)

@@ -212,4 +212,4 @@ def test_trained_items_are_those_of_the_training_events(make: Make) -> None:
         for user in range(data.num_users)
         for item in data.item_ids_E[data.offsets[user] : data.offsets[user + 1] - 2]
     }
-    assert set(experiment.catalogue().trained_V.nonzero().flatten().tolist()) == wanted
+    assert set(experiment.catalogue.trained_V.nonzero().flatten().tolist()) == wanted
