@@ -56,8 +56,7 @@ class SequenceBatch:
         return jagged.positions(self.offsets, self.item_ids_T.numel())
 
     def split(self, parts: int) -> list[SequenceBatch]:
-        """The rows in at most `parts` runs of nearly equal numbers of rows, none empty unless all are."""
-        parts = max(1, min(parts, self.size))
+        """The rows in `parts` runs of nearly equal numbers of rows, some of them empty where there are fewer rows."""
         bounds = [self.size * part // parts for part in range(parts + 1)]
         places = self.offsets[bounds].tolist()
         return [

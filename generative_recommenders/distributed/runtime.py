@@ -6,6 +6,7 @@ environment variables: NCCL with GPUs, gloo without.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from generative_recommenders.errors import UserError
 from ops.native import keep_freed_memory
+
+# Ranks wait for the first one while it fits a tokenizer; one that fails ends all of them at once.
+_PATIENCE = datetime.timedelta(hours=4)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ def runtime(device: str | None = None) -> Iterator[Runtime]:
         chosen = torch.device("cuda", local_rank) if device in (None, "cuda") else torch.device(device)
         torch.cuda.set_device(chosen)
     if world_size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Runtime(rank, world_size, chosen)
     finally:

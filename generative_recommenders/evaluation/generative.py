@@ -5,9 +5,9 @@ no free hit. SID level, as the literature counts: the rank of the target's ID am
 target that is not in the list is a miss. Means are over all users of all ranks' batches.
 
 Beside them: `valid`, the share of the places of all lists that hold an item; `duplicates`, the share of items that
-their list holds already; `coverage@10`, the share of the catalogue in anybody's first ten; `certified`, the share of
-lists proven to be the exact top-K under the model; and hr@10, ndcg@10 of users whose target occurs in training
-(`_warm`) and of those whose target does not (`_cold`).
+their list holds already; `coverage@10`, the share of the catalogue in anybody's first ten, or k where lists are
+shorter; `certified`, the share of lists proven to be the exact top-K under the model; and hr@10, ndcg@10 of users whose
+target occurs in training (`_warm`) and of those whose target does not (`_cold`).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def evaluate_lists(
     table = all_gather_concat(torch.cat(rows) if rows else nobody).cpu()
     shown = all_gather_concat(shown_V[None].long()).any(0)
     shown[0] = False
-    metrics = _means(table, k) | {f"coverage@{_COVERED}": float(shown.sum()) / catalogue.size}
+    metrics = _means(table, k) | {f"coverage@{min(k, _COVERED)}": float(shown.sum()) / catalogue.size}
     return Evaluation(metrics, table.shape[0], time.perf_counter() - started)
 
 

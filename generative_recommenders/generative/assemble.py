@@ -36,8 +36,8 @@ ModelConfig = TigerConfig | ParallelTigerConfig | SIDGRConfig
 GenerativeRecommender = Tiger | ParallelTiger | SIDGR
 # train_generative.model -> the configurable of its bindings.
 MODELS = {"TIGER": "tiger", "ParallelTIGER": "parallel_tiger", "SIDGR": "sid_gr"}
-# Of the models' bindings, those that change how a trained model is used or computed, not what it is.
-_USE_BINDINGS = ("decoding", "modality_merge", "activation_checkpoint")
+# Of the models' bindings, those that change how a trained model is used or computed, or nothing, not what it is.
+_USE_BINDINGS = ("decoding", "modality_merge", "activation_checkpoint", "has_relative_decoder_item_bias_sa")
 _MODEL_BINDINGS = ("model", "max_sequence_length", "eval_split")
 
 
@@ -154,24 +154,21 @@ def build_model(
     return model
 
 
+def build_trie(tables: Sequence[SemanticIds], device: torch.device) -> Trie:
+    """The trie of all active items; histories may hold what was removed, lists may not."""
+    table = tables[0] if len(tables) == 1 else joint_ids(*tables)
+    return Trie.build(table.codes_NL, table.sizes, table.item_ids_N, table.active_N).to(device)
+
+
 class Searcher:
     """Lists of items from a model: `searcher(batch)` is a `BeamResult` of `top_k` places."""
 
     def __init__(
-        self,
-        model: GenerativeRecommender,
-        tables: Sequence[SemanticIds],
-        search: BeamSearchConfig,
-        top_k: int,
-        filter_history: bool,
-        device: torch.device,
+        self, model: GenerativeRecommender, trie: Trie, search: BeamSearchConfig, top_k: int, filter_history: bool
     ) -> None:
-        self.model, self.search = model, search
+        self.model, self.trie, self.search = model, trie, search
         self.top_k, self.filter_history = top_k, filter_history
-        table = tables[0] if len(tables) == 1 else joint_ids(*tables)
-        # Histories may hold what was removed; lists may not.
-        self.trie = Trie.build(table.codes_NL, table.sizes, table.item_ids_N, table.active_N).to(device)
-        self.parallel = ParallelSearch(model, self.trie) if isinstance(model, ParallelTiger) else None
+        self.parallel = ParallelSearch(model, trie) if isinstance(model, ParallelTiger) else None
 
     def __call__(self, batch: SequenceBatch) -> BeamResult:
         return self._search(batch, self.top_k, None, self.filter_history)

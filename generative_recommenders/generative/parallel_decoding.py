@@ -208,7 +208,7 @@ class ParallelSearch:
         result = result_of(self._beams(ranked), self.trie, wanted, allowed, config.divisor(len(logits)))
         if wanted > k:
             result = _without_history(result, batch, k)
-        if config.verify and merge == "joint":
+        if config.verify:
             verify(result, self.model, batch, self.trie, config, allowed=allowed)
         return result
 
@@ -222,6 +222,8 @@ class ParallelSearch:
             )
         if merge != "joint" and config.length_normalize:
             raise UserError(f"beam_search.length_normalize: got True, expected False with modality_merge {merge!r}")
+        if merge != "joint" and config.verify:
+            raise UserError(f"beam_search.verify: got True, expected False with modality_merge {merge!r}")
         if merge == "published" and config.stochastic:
             raise UserError("beam_search.stochastic: got True, expected False with modality_merge 'published'")
 

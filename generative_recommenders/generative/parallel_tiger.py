@@ -98,15 +98,15 @@ class ParallelTiger(nn.Module):
         states_BLD = self.states(self.encode(batch, seed), codes_BL.clamp(min=0), ~hidden_BL, draws)
         losses_BL = self.heads.losses(states_BLD, labels_BL, self.config.label_smoothing)
         counts_L = all_reduce_sum((labels_BL >= 0).sum(0).float())
-        total = all_reduce_sum(learned_B1.sum().float()).clamp(min=1.0)
+        weight = all_reduce_sum(learned_B1.sum().float())
         weighted_BL = losses_BL * self.weights_L
         if self.config.loss_normalization == "per_sample":
             weighted_BL = weighted_BL / hidden_BL.sum(1, keepdim=True)
         elif self.config.loss_normalization == "per_batch":
-            total = counts_L.sum().clamp(min=1.0)
-        loss = weighted_BL.sum() / total * world_size()
+            weight = counts_L.sum()
+        loss = weighted_BL.sum() / weight.clamp(min=1.0) * world_size()
         main = all_reduce_sum(loss.detach()) / world_size()
-        scalars = {"main_loss": main, "ar_loss": main, "tokens": counts_L.sum()}
+        scalars = {"main_loss": main, "ar_loss": main, "tokens": counts_L.sum(), "loss_weight": weight}
         sums_L = all_reduce_sum(losses_BL.detach().sum(0))
         for level, value in enumerate((sums_L / counts_L.clamp(min=1.0)).unbind()):
             scalars[f"level_{level + 1}_loss"] = value

@@ -62,7 +62,7 @@ class SIDGR(nn.Module):
         if max_items < 1:
             raise UserError(f"SID-GR: got histories of {max_items} items, expected at least 1")
         self.config = config
-        self.ids = table
+        self.table = table
         self.max_items = max_items
         self.sizes = table.sizes
         self.tokens = TokenEmbedding(table.sizes, config.dim, bos=True)
@@ -83,13 +83,15 @@ class SIDGR(nn.Module):
         states_SD = self._states(flat, Draws.of(flat.rows, seed))
         losses_nL = self.heads.losses(states_SD[flat.loss_nL], flat.labels_nL)
         learned_nL = flat.labels_nL >= 0
-        total = all_reduce_sum(learned_nL.sum().float()).clamp(min=1.0)
+        learned = all_reduce_sum(learned_nL.sum().float())
+        total = learned.clamp(min=1.0)
         loss = losses_nL.sum() / total * world_size()
-        unknown = flat.unknown + (self.ids.rows_of(batch.target_ids_B) < 0).sum()
+        unknown = flat.unknown + (self.table.rows_of(batch.target_ids_B) < 0).sum()
+        main = all_reduce_sum(loss.detach()) / world_size()
         scalars = {
-            "main_loss": all_reduce_sum(loss.detach()) / world_size(),
-            "ar_loss": all_reduce_sum(loss.detach()) / world_size(),
-            "tokens": total,
+            "main_loss": main,
+            "ar_loss": main,
+            "tokens": learned,
             "unknown_items": all_reduce_sum(unknown.float()),
         }
         items = total / len(self.sizes)
@@ -150,7 +152,7 @@ class SIDGR(nn.Module):
         if not self.config.time_bias:
             batch = _without_times(batch)
         return flatten(
-            batch, self.ids, max_items=self.max_items, loss_items=self.config.loss_items, with_target=with_target
+            batch, self.table, max_items=self.max_items, loss_items=self.config.loss_items, with_target=with_target
         )
 
     def _states(self, flat: FlatTokens, draws: Draws | None) -> Tensor:

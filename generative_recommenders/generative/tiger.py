@@ -146,14 +146,15 @@ class Tiger(nn.Module):
         draws = token_draws(batch, steps, rows * len(self.sizes), seed)
         states_BLD = self._decode(self._encode(batch, seed), codes_BL.clamp(min=0), draws)
         losses_BL = self.heads.losses(states_BLD, codes_BL, self.config.label_smoothing)
-        total = all_reduce_sum((codes_BL[:, 0] >= 0).sum().float()).clamp(min=1.0)
+        learned = all_reduce_sum((codes_BL[:, 0] >= 0).sum().float())
+        total = learned.clamp(min=1.0)
         levels_L = losses_BL.sum(0) / total * world_size()
         loss = (levels_L * self.weights_L).sum()
         # What is reported is the global batch's value, the same on every rank.
         reported_L = all_reduce_sum(levels_L.detach()) / world_size()
         main = (reported_L * self.weights_L).sum()
-        by_level = {f"level_{level}_loss": value for level, value in enumerate(reported_L)}
-        return loss, {"main_loss": main, "ar_loss": main, **by_level, "tokens": total}
+        by_level = {f"level_{level + 1}_loss": value for level, value in enumerate(reported_L)}
+        return loss, {"main_loss": main, "ar_loss": main, **by_level, "tokens": learned}
 
     def begin(self, batch: SequenceBatch, length: int | None = None) -> DecoderState:
         """Prefill: the encoder once, and keys and values of its states for every decoder layer.

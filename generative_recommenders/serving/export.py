@@ -4,7 +4,8 @@ The folder serves `--mode=recommend --checkpoint=FOLDER` and `Recommender.from_c
 weights, configuration and maps it holds `index.safetensors`, for a search engine of one's own: `item_ids` (X,) int64
 and the item side of the similarity in their order. With the dot product that is `embeddings` (X, D), normalized where
 the model does; with Mixture of Logits `components` (X, P_X, D_P), `gate` (X, P) where items have one, and the weights
-of the pairs' gate, `pair_w1`, `pair_b1`, `pair_w2`, `pair_b2` (see `ops.mol_score.MoLGate`).
+of the pairs' gate, `pair_w1`, `pair_b1`, `pair_w2`, `pair_b2` (see `ops.mol_score.MoLGate`). Of a generative
+model it is `codes` (X, L), the semantic IDs of the items.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import whole_folder
+from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
 from generative_recommenders.serving.recommender import Recommender
 from generative_recommenders.similarity.mol import MoL
 from generative_recommenders.training.checkpoint import Checkpoint
@@ -51,13 +54,24 @@ def export(checkpoint: Checkpoint, folder: Path) -> Path:
     """
     if folder.exists() and not (folder.is_dir() and (folder / INDEX_FILE).is_file()):
         raise DataError(f"--output: got {folder}, which is there and is no export; try another folder")
-    recommender = Recommender.from_checkpoint(checkpoint)
+    recommender = recommender_of(checkpoint)
     with whole_folder(folder) as partial:
-        for file in sorted(checkpoint.path.iterdir()):
-            if file.is_file() and file.name not in _NOT_SERVED:
-                shutil.copyfile(file, partial / file.name)
-        save_file(item_index(recommender.model), partial / INDEX_FILE, metadata=_description(recommender))
+        for source in sorted(checkpoint.path.iterdir()):
+            if source.is_dir():
+                shutil.copytree(source, partial / source.name)
+            elif source.name not in _NOT_SERVED:
+                shutil.copyfile(source, partial / source.name)
+        if isinstance(recommender, Recommender):
+            save_file(item_index(recommender.model), partial / INDEX_FILE, metadata=_description(recommender))
+        else:
+            assert isinstance(recommender, GeneratedRecommender)
+            save_file(id_index(recommender.model.table), partial / INDEX_FILE)
     return folder
+
+
+def id_index(ids: IdTable) -> dict[str, Tensor]:
+    """The tensors of `index.safetensors` of a generative model."""
+    return {"item_ids": ids.item_ids_N.cpu().contiguous(), "codes": ids.codes_NL.cpu().contiguous()}
 
 
 def _description(recommender: Recommender) -> dict[str, str]:

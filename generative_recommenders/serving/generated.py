@@ -13,7 +13,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import ConfigError, Main, load
 from generative_recommenders.data.dataset import read_catalog
 from generative_recommenders.data.users import USERS_FILE, read_users
-from generative_recommenders.generative.assemble import GenerativeRecommender, Plan, Searcher, build_model
+from generative_recommenders.generative.assemble import GenerativeRecommender, Plan, Searcher, build_model, build_trie
 from generative_recommenders.serving.recommender import HistoryRecommender, Recommender, offsets_of
 from generative_recommenders.tokenizers.importers import level_names
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
@@ -50,7 +50,7 @@ class GeneratedRecommender(HistoryRecommender):
         checkpoint.load_model(model, device)
         model.eval()
         e, place = plan.experiment, torch.device(device)
-        searcher = Searcher(model, tables, plan.search, e.top_k, e.filter_history, place)
+        searcher = Searcher(model, build_trie(tables, place), plan.search, e.top_k, e.filter_history)
         return cls(
             model=model,
             catalog=read_catalog(checkpoint.path / "items.parquet"),

@@ -21,7 +21,7 @@ from generative_recommenders.data.loader import Loader
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.generative import Catalogue, evaluate_lists
-from generative_recommenders.evaluation.metrics import HR_AT, NDCG_AT
+from generative_recommenders.evaluation.metrics import HR_AT, MAX_RANK, NDCG_AT
 from generative_recommenders.evaluation.retrieval import Evaluation
 from generative_recommenders.generative.assemble import (
     GenerativeRecommender,
@@ -29,13 +29,16 @@ from generative_recommenders.generative.assemble import (
     Searcher,
     Splits,
     build_model,
+    build_trie,
     codebooks_of,
     load_ids,
 )
 from generative_recommenders.generative.tiger import TigerConfig
 from generative_recommenders.generative.tokens import IdTable
+from generative_recommenders.generative.trie import Trie
 from generative_recommenders.tokenizers.catalogue import CURRENT_FILE
 from generative_recommenders.tokenizers.config import TokenizerConfig
+from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.task import Settings, Task
@@ -62,34 +65,51 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         _check_metric(e.early_stopping_metric, e.top_k)
         self.dataset = PreparedDataset.load(places.data_dir, e.dataset_name)
         self.id_folders = [places.data_dir / e.dataset_name / IDS_FOLDER / name for name in e.semantic_ids]
-        self._make_ids()
-        self.tables = load_ids(self.id_folders, self.dataset)
+        self.tokenizer: TokenizerConfig = config.build(TokenizerConfig)
+        # Used in any case, whether the IDs are there or are still to be made.
+        config.build(self.tokenizer.tokenizer)
+        self._check_ids()
         self.splits = Splits.of(e, self.dataset)
         configure_precision(e.enable_tf32)
 
-    def _make_ids(self) -> None:
-        """Make what is not there, where the configuration says how; its tokenizer's bindings are used in any case."""
+    @cached_property
+    def tables(self) -> list[SemanticIds]:
+        """The semantic IDs, of each modality.
+
+        Raises:
+            DataError: they are not there, damaged, or of another dataset.
+        """
+        return load_ids(self.id_folders, self.dataset)
+
+    @cached_property
+    def trie(self) -> Trie:
+        return build_trie(self.tables, self.runtime.device)
+
+    def _missing(self) -> list[Path]:
+        return [folder for folder in self.id_folders if not (folder / CURRENT_FILE).exists()]
+
+    def _check_ids(self) -> None:
+        """Refuse IDs that are not there and that this configuration does not make."""
         e = self.plan.experiment
-        settings: TokenizerConfig = self.config.build(TokenizerConfig)
-        self.config.build(settings.tokenizer)
+        for folder in self._missing():
+            if (self.tokenizer.name, self.tokenizer.dataset_name) != (folder.name, e.dataset_name):
+                raise DataError(
+                    f"{folder}: no semantic IDs of this name, expected those of train_generative.semantic_ids; try "
+                    f"python main.py --gin_config_file=configs/{e.dataset_name}/{folder.name}.gin, or include that "
+                    "file before main.experiment = @train_generative"
+                )
+
+    def _make_ids(self) -> None:
         # Only rank 0 looks: others might find what it has just made, and would then not wait with it.
-        if self.runtime.is_main:
-            for name, folder in zip(e.semantic_ids, self.id_folders, strict=True):
-                if not (folder / CURRENT_FILE).exists():
-                    self._make(settings, name, folder)
+        for folder in self._missing() if self.runtime.is_main else []:
+            logger.info("%s: not there yet, making them", folder)
+            for line in TokenizerExperiment(self.config, self.places, self.runtime).run():
+                logger.info("%s", line)
         self.runtime.barrier()
 
-    def _make(self, settings: TokenizerConfig, name: str, folder: Path) -> None:
-        e = self.plan.experiment
-        if (settings.name, settings.dataset_name) != (name, e.dataset_name):
-            raise DataError(
-                f"{folder}: no semantic IDs of this name, expected those of train_generative.semantic_ids; try "
-                f"python main.py --gin_config_file=configs/{e.dataset_name}/{name}.gin, or include that file "
-                "before main.experiment = @train_generative"
-            )
-        logger.info("%s: not there yet, making them", folder)
-        for line in TokenizerExperiment(self.config, self.places, self.runtime).run():
-            logger.info("%s", line)
+    def train(self) -> tuple[Evaluation, Path]:
+        self._make_ids()
+        return super().train()
 
     def describe(self) -> str:
         return self.plan.describe()
@@ -112,6 +132,9 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         codebooks = codebooks_of(self.id_folders, self.tables) if self.plan.experiment.codebook_start else None
         return build_model(self.plan, self.tables, codebooks).to(self.runtime.device)
 
+    def model_to_load(self) -> GenerativeRecommender:
+        return build_model(self.plan, self.tables).to(self.runtime.device)
+
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
         """Batches of a held-out split, as this rank sees them; `limit` of them hold users from all over the split."""
         loader = self._loader(self.splits.named(split), self.plan.experiment.eval_batch_size, shuffle=limit is not None)
@@ -131,7 +154,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
     def searcher(self, model: GenerativeRecommender) -> Searcher:
         e = self.plan.experiment
-        return Searcher(model, self.tables, self.plan.search, e.top_k, e.filter_history, self.runtime.device)
+        return Searcher(model, self.trie, self.plan.search, e.top_k, e.filter_history)
 
     @cached_property
     def catalogue(self) -> Catalogue:
@@ -199,8 +222,11 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
                 )
 
     def dry_run(self) -> str:
-        """What a run would be; one batch goes through forward and backward."""
+        """What a run would be; one batch goes through forward and backward, if the semantic IDs are there."""
         self.require_users()
+        if missing := self._missing():
+            places = ", ".join(map(str, missing))
+            return f"run          {self.plan.describe()}\nsemantic IDs {places}: not there yet, training makes them"
         model = self.model()
         parameters = sum(p.numel() for p in model.parameters())
         e = self.plan.experiment
@@ -250,6 +276,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
 
 def _check_metric(name: str, top_k: int) -> None:
+    if top_k > MAX_RANK:
+        raise ConfigError(f"train_generative.top_k: got {top_k}, expected at most {MAX_RANK}, the rank of a miss")
     measured = [f"hr@{k}" for k in HR_AT if k <= top_k] + [f"ndcg@{k}" for k in NDCG_AT if k <= top_k] + ["mrr"]
     names = measured + [f"sid_{metric}" for metric in measured]
     if name not in names:

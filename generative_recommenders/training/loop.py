@@ -29,7 +29,7 @@ from generative_recommenders.training.checkpoint import Checkpoint, CheckpointFo
 from generative_recommenders.training.environment import peak_memory_mb
 from generative_recommenders.training.optim import adamw, learning_rate_at
 from generative_recommenders.training.reporting import Reporter
-from generative_recommenders.training.task import Settings, Task
+from generative_recommenders.training.task import COUNTS, Settings, Task
 from ops.random import fold
 
 # Reading a loss off a GPU waits for it; on a CPU it is free.
@@ -182,22 +182,29 @@ class Trainer:
         return scalars
 
     def _backward(self, batch: SequenceBatch, seed: int) -> dict[str, Tensor]:
-        """Gradients of the batch, `accumulation` parts of it one after the other, each weighted by its rows."""
+        """Gradients of the batch, `accumulation` parts of it one after the other.
+
+        A part's loss is a mean, so it is weighted by what it was divided by, over all ranks.
+        """
         if self.settings.accumulation == 1:
             loss, scalars = self.parallel(batch, seed)
             loss.backward()
             return dict(scalars)
-        total: dict[str, Tensor] = {}
+        # Every rank has as many parts, empty ones if need be: each of them is an exchange.
         parts = batch.split(self.settings.accumulation)
+        reported: list[dict[str, Tensor]] = []
+        weights: list[Tensor] = []
         for part in parts:
-            share = part.size / max(1, batch.size)
             with self._gradients_stay_here() if part is not parts[-1] else contextlib.nullcontext():
                 loss, scalars = self.parallel(part, seed)
-                (loss * share).backward()
-            for name, value in scalars.items():
-                weighted = value.detach() * (1.0 if name == "tokens" else share)
-                total[name] = total[name] + weighted if name in total else weighted
-        return total
+                weights.append(scalars.get("loss_weight", scalars["tokens"]))
+                (loss * weights[-1]).backward()
+            reported.append(dict(scalars))
+        total = torch.stack(weights).sum().clamp(min=1.0)
+        for parameter in self.task.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(total)
+        return {name: _over_parts(name, [r[name] for r in reported], weights, total) for name in reported[0]}
 
     def _gradients_stay_here(self) -> contextlib.AbstractContextManager[None]:
         """Ranks exchange gradients once a step, with the last part."""
@@ -208,7 +215,7 @@ class Trainer:
     def _log_step(self, scalars: dict[str, Tensor], probe: Any, rate: float) -> None:
         step = self.progress.step
         if self.runtime.device.type == "cpu" or probe is not None:
-            values = {name: float(value) for name, value in scalars.items() if name != "tokens"}
+            values = {name: float(value) for name, value in scalars.items() if name not in ("tokens", "loss_weight")}
             self.reporter.scalars(values, step, "losses/")
             if probe is not None:
                 self.reporter.scalars({"loss/train": values["main_loss"], "lr": rate}, step)
@@ -258,7 +265,7 @@ class Trainer:
             record | {"users": evaluation.num_users, "train": train, "perf": performance, "metrics": evaluation.metrics}
         )
         told = f"loss {train['loss']:.4f} in {train['seconds']:.1f}s, " if train else ""
-        partial = "" if complete else f" (first {evaluation.num_users} users)"
+        partial = "" if complete else f" ({evaluation.num_users} users)"
         reporter.say(
             f"epoch {epoch}: {told}{settings.followed_split} {evaluation.summary()} "
             f"in {evaluation.seconds:.1f}s{partial}"
@@ -305,3 +312,11 @@ class Trainer:
             name = "Ctrl-C" if self.stop.by_hand else "SIGTERM"
             message = f"stopped by {name} at step {self.progress.step}; checkpoint in {self.folder.folder}"
             raise Interrupted(message, self.stop.by_hand)
+
+
+def _over_parts(name: str, values: list[Tensor], weights: list[Tensor], total: Tensor) -> Tensor:
+    """A scalar of a step from those of its parts: counts add up, everything else is a mean."""
+    stacked = torch.stack(values).float()
+    if name in COUNTS:
+        return stacked.sum()
+    return (stacked * torch.stack(weights)).sum() / total

@@ -21,9 +21,15 @@ class Batches(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[SequenceBatch]: ...
 
 
+COUNTS = ("tokens", "loss_weight", "unknown_items")
+
+
 @dataclass(frozen=True)
 class Task:
     """`model(batch, seed)` returns (loss, {name: scalar tensor}).
+
+    `tokens` is how many places were learned; the loss is divided by it, or by `loss_weight` where there is one.
+    `COUNTS` are sums over the batch, all other scalars means.
 
     `evaluate(epoch, complete)` returns the metrics of the split that is followed, `probe(batch)` those of one training
     batch, `final(best)` those of the reported split with the weights as they are.

@@ -67,6 +67,10 @@ class TrainedExperiment(ABC, Generic[M]):
     def model(self) -> M:
         """A new model on the device of the run."""
 
+    def model_to_load(self) -> M:
+        """A model whose parameters a checkpoint replaces."""
+        return self.model()
+
     @abstractmethod
     def split(self, name: str) -> Split:
         """The users, or samples, of "train", "valid" or "test"."""
@@ -158,7 +162,7 @@ class TrainedExperiment(ABC, Generic[M]):
                 f"--split=valid: this model was trained on the validation events ({self.prefix}.eval_split = 'test'), "
                 f"expected a model trained with {self.prefix}.eval_split = 'valid'; try --split=test"
             )
-        model = self.model()
+        model = self.model_to_load()
         checkpoint.load_model(model, self.runtime.device)
         use_method(model)
         logger.info("checkpoint %s (epoch %d)", checkpoint.path, checkpoint.progress.epoch)

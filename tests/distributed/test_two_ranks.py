@@ -130,10 +130,11 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
         [
             "train_generative.model = 'SIDGR'",
             "train_generative.samples = 'last'",
+            "train_generative.accumulation_steps = 5",
             *(f"sid_gr.{n}" for n in ("num_blocks = 1", "dim = 8", "num_heads = 2", "dropout_rate = 0.2")),
         ],
     ],
-    ids=["tiger", "sid-gr"],
+    ids=["tiger", "sid-gr-in-parts"],
 )
 def test_two_ranks_generate_what_one_does(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)

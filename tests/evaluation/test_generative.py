@@ -69,7 +69,7 @@ def test_metrics_are_means_over_users() -> None:
     assert m["sid_ndcg@5"] == pytest.approx((1 / math.log2(4) + 1) / 4)
     assert m["mrr"] == pytest.approx((1 / 5 + 1 / 2) / 4) and m["sid_mrr"] == pytest.approx((1 / 3 + 1) / 4)
     assert m["valid"] == pytest.approx(9 / 20) and m["duplicates"] == 0 and m["certified"] == 0.75
-    assert m["coverage@10"] == 1.0
+    assert m["coverage@5"] == 1.0
     assert "hr@10" not in m and model.training
 
 
