@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,3 +128,28 @@ def all_gather_concat(values: Tensor) -> Tensor:
     parts = [torch.zeros_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(c)] for part, c in zip(parts, counts, strict=True)])
+
+
+def rows_before(values: Tensor) -> int:
+    """Rows of such a tensor that the ranks before this one hold."""
+    counts = all_gather_concat(torch.tensor([values.shape[0]], device=values.device))
+    return int(counts[: dist.get_rank()].sum()) if world_size() > 1 else 0
+
+
+def gathered_rows(values: Tensor) -> Tensor:
+    """`all_gather_concat` whose gradient on each rank is the sum of all ranks' gradients of its own rows."""
+    if world_size() == 1:
+        return values
+    gathered: Tensor = _GatheredRows.apply(values)
+    return gathered
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.first, ctx.count = rows_before(values), values.shape[0]
+        return all_gather_concat(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous())[ctx.first : ctx.first + ctx.count]

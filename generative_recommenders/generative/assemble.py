@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from generative_recommenders.generative.beam_config import BeamSearchConfig
 from generative_recommenders.generative.beam_result import BeamResult
 from generative_recommenders.generative.config import GenerativeConfig
 from generative_recommenders.generative.decoding import GenerativeModel
+from generative_recommenders.generative.draft_head import DraftConfig, DraftHead
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.parallel_decoding import ParallelSearch, joint_ids
 from generative_recommenders.generative.parallel_tiger import ParallelTiger
@@ -48,6 +49,7 @@ class Plan:
     experiment: GenerativeConfig
     model: ModelConfig
     search: BeamSearchConfig
+    draft: DraftConfig = field(default_factory=DraftConfig)
 
     @classmethod
     def of(cls, config: Config) -> Plan:
@@ -59,14 +61,26 @@ class Plan:
                 "train_generative.samples: got 'all_prefixes' with sid_gr.loss_on = 'all', which learns every event of "
                 "a sequence already, expected 'last' or 'random_end'; or sid_gr.loss_on = 'last'"
             )
-        return cls(experiment, model, search)
+        draft = config.build(DraftConfig)
+        if draft.width and isinstance(model, TigerConfig) and model.user_tokens:
+            raise ConfigError(
+                f"tiger.user_tokens: got {model.user_tokens} with draft_head.width = {draft.width}, expected 0: items "
+                "are encoded too, and have no user"
+            )
+        if draft.finetune_epochs > experiment.num_epochs:
+            raise ConfigError(
+                f"draft_head.finetune_epochs: got {draft.finetune_epochs}, expected at most "
+                f"train_generative.num_epochs = {experiment.num_epochs}, which they are the last of"
+            )
+        return cls(experiment, model, search, draft)
 
     def model_bindings(self) -> dict[str, object]:
         """The bindings that decide what a trained model computes."""
         own: dict[str, object] = {f"train_generative.{n}": getattr(self.experiment, n) for n in _MODEL_BINDINGS}
         prefix = MODELS[self.experiment.model]
         chosen = {name: value for name, value in asdict(self.model).items() if name not in _USE_BINDINGS}
-        return own | {f"{prefix}.{name}": value for name, value in chosen.items()}
+        head = {"draft_head.width": self.draft.width, "draft_head.temperature": self.draft.temperature}
+        return own | {f"{prefix}.{name}": value for name, value in chosen.items()} | head
 
     def describe(self) -> str:
         """The name of a run."""
@@ -77,6 +91,7 @@ class Plan:
             e.samples,
             f"b{e.local_batch_size}-lr{e.learning_rate}-wu{e.num_warmup_steps}-{e.schedule}-wd{e.weight_decay}",
             "codebooks" if e.codebook_start else "",
+            self.draft.describe(),
             e.eval_split,
             f"s{e.random_seed}",
         ]
@@ -151,6 +166,8 @@ def build_model(
         model = ParallelTiger(config, ids)
     if codebooks is not None:
         model.tokens.from_codebooks(codebooks)
+    if plan.draft.width:
+        model.draft = DraftHead(plan.draft, config.dim)
     return model
 
 

@@ -2,9 +2,9 @@
 
 The beams of a request have the history in common and differ in the codes decoded so far, at most L - 1 of them. So the
 beams are the query rows of one attention over the context, whose keys are read once instead of once a beam, and the
-ancestors are a second, tiny attention over gathered rows; the log-sum-exp of both parts merges them exactly. Keys and
-values of beams are appended level by level and never moved: which rows a beam descends from is an index that the search
-keeps. NVIDIA's SID-GR decodes this way with kernels of its own; this form is plain PyTorch and runs on any device.
+ancestors are a few more logits of gathered rows; one softmax runs over both. Keys and values of beams are appended
+level by level and never moved: which rows a beam descends from is an index that the search keeps. NVIDIA's SID-GR
+decodes this way with kernels of its own; this form is plain PyTorch and runs on any device.
 
 Letters: B requests, M beams now, M_j beams of step j, S context tokens of a request, H heads, K width of a key.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,13 +24,23 @@ from torch import Tensor
 class ContextGroup:
     """Requests of similar length in one rectangle: `rows_b` are their places among the B requests.
 
-    key_bHKS, value_bHSK: keys are kept transposed, as the product wants them. valid_bS: which tokens exist.
+    key_bHKS, value_bHSK: keys are kept transposed, as the product wants them. valid_bS: which tokens exist; a row
+    without any holds zeros for values.
     """
 
     rows_b: Tensor
     key_bHKS: Tensor
     value_bHSK: Tensor
     valid_bS: Tensor
+
+    @cached_property
+    def hidden_b11S(self) -> Tensor:
+        """What is added to logits: 0 for a token, the lowest number where there is none.
+
+        Not -inf: a row without any token and without ancestors then averages values that are zeros.
+        """
+        zeros_bS = torch.zeros(self.valid_bS.shape, device=self.valid_bS.device)
+        return zeros_bS.masked_fill(~self.valid_bS, torch.finfo(zeros_bS.dtype).min)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,12 @@ class ContextKV:
     def padded(cls, key_BSHK: Tensor, value_BSHK: Tensor, lengths_B: Tensor) -> ContextKV:
         """One rectangle of static shape; the first `lengths_B[b]` tokens of row b are its context."""
         size, length = key_BSHK.shape[:2]
-        places = torch.arange(length, device=key_BSHK.device)
+        valid_BS = torch.arange(length, device=key_BSHK.device) < lengths_B[:, None]
         group = ContextGroup(
             torch.arange(size, device=key_BSHK.device),
             key_BSHK.permute(0, 2, 3, 1).contiguous(),
-            value_BSHK.transpose(1, 2).contiguous(),
-            places < lengths_B[:, None],
+            value_BSHK.masked_fill(~valid_BS[..., None, None], 0).transpose(1, 2).contiguous(),
+            valid_BS,
         )
         return cls((group,), size)
 
@@ -137,59 +148,82 @@ def beam_attention(
     if len(ancestors) != len(beams.keys):
         raise ValueError(f"ancestors: got {len(ancestors)} steps, expected {len(beams.keys)}, those appended so far")
     scale = 1.0 / math.sqrt(query_BMHK.shape[-1]) if scale is None else scale
-    query_BHMK = query_BMHK.transpose(1, 2)
-    parts = [_context_part(query_BHMK, context, scale, context_bias)]
-    if ancestors:
-        parts.append(_ancestor_part(query_BHMK, beams, ancestors, scale, ancestor_bias))
-    return _merged(parts).transpose(1, 2).to(query_BMHK.dtype)
-
-
-def _context_part(
-    query_BHMK: Tensor, context: ContextKV, scale: float, biases: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    out_BHMK = torch.zeros(query_BHMK.shape, dtype=torch.float32, device=query_BHMK.device)
-    lse_BHM = torch.full(query_BHMK.shape[:-1], -math.inf, device=query_BHMK.device)
-    for number, group in enumerate(context.groups):
-        logits = torch.matmul(query_BHMK[group.rows_b], group.key_bHKS).float() * scale
-        if biases is not None:
-            logits = logits + biases[number]
-        logits = logits.masked_fill(~group.valid_bS[:, None, None, :], -math.inf)
-        lse = torch.logsumexp(logits, -1)
-        # exp(-inf - -inf) of a row without a token would be NaN.
-        weights = (logits - lse.clamp(min=torch.finfo(lse.dtype).min)[..., None]).exp()
-        out = torch.matmul(weights.to(group.value_bHSK.dtype), group.value_bHSK).float()
-        out_BHMK = out_BHMK.index_copy(0, group.rows_b, out)
-        lse_BHM = lse_BHM.index_copy(0, group.rows_b, lse)
-    return out_BHMK, lse_BHM
-
-
-def _ancestor_part(
-    query_BHMK: Tensor, beams: BeamKV, ancestors: Sequence[Tensor], scale: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    key_BHMJK = _gathered(beams.keys, ancestors)
-    value_BHMJK = _gathered(beams.values, ancestors)
-    logits_BHMJ = torch.matmul(key_BHMJK, query_BHMK[..., None])[..., 0].float() * scale
-    if bias is not None:
-        logits_BHMJ = logits_BHMJ + bias
-    lse_BHM = torch.logsumexp(logits_BHMJ, -1)
-    weights = (logits_BHMJ - lse_BHM[..., None]).exp().to(value_BHMJK.dtype)
-    return torch.matmul(weights[..., None, :], value_BHMJK)[..., 0, :].float(), lse_BHM
-
-
-def _gathered(steps: Sequence[Tensor], ancestors: Sequence[Tensor]) -> Tensor:
-    """Rows of the beams' ancestors, (B, H, M, steps, K)."""
-    rows = [
-        step.gather(1, index[..., None, None].expand(-1, -1, *step.shape[2:]))
-        for step, index in zip(steps, ancestors, strict=True)
+    logits_BMHJ, values = _ancestors(query_BMHK, beams, ancestors, scale, ancestor_bias)
+    if not context.groups:
+        return _of_ancestors(query_BMHK, logits_BMHJ, values)
+    pieces = [
+        _group_part(
+            query_BMHK[group.rows_b],
+            group,
+            scale,
+            None if context_bias is None else context_bias[number],
+            logits_BMHJ[group.rows_b],
+            [value[group.rows_b] for value in values],
+        )
+        for number, group in enumerate(context.groups)
     ]
-    return torch.stack(rows, dim=-2).transpose(1, 2)
+    found, rows = torch.cat(pieces).to(query_BMHK.dtype), torch.cat([group.rows_b for group in context.groups])
+    if rows.numel() == query_BMHK.shape[0]:
+        return torch.empty_like(query_BMHK).index_copy_(0, rows, found)
+    return _of_ancestors(query_BMHK, logits_BMHJ, values).index_copy_(0, rows, found)
 
 
-def _merged(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Softmaxes over disjoint keys into the softmax over all of them, (B, H, M, K)."""
-    lse = torch.stack([lse_BHM for _, lse_BHM in parts])
-    highest = lse.amax(0).clamp(min=torch.finfo(lse.dtype).min)
-    shares = (lse - highest).exp()
-    total = shares.sum(0).clamp(min=torch.finfo(lse.dtype).tiny)
-    summed_BHMK = (shares[..., None] * torch.stack([out_BHMK for out_BHMK, _ in parts])).sum(0)
-    return summed_BHMK / total[..., None]
+def _group_part(
+    query_bMHK: Tensor,
+    group: ContextGroup,
+    scale: float,
+    bias: Tensor | None,
+    ancestor_logits_bMHJ: Tensor,
+    ancestor_values: Sequence[Tensor],
+) -> Tensor:
+    """Requests of one group: one softmax over the tokens of the context and the ancestors, (b, M, H, K) float32."""
+    logits_bHMS = torch.matmul(query_bMHK.transpose(1, 2), group.key_bHKS).float()
+    if scale != 1.0:
+        logits_bHMS = logits_bHMS * scale
+    hidden_b11S = group.hidden_b11S
+    logits_bHMS = logits_bHMS + (hidden_b11S if bias is None else hidden_b11S + bias)
+    length = logits_bHMS.shape[-1]
+    if ancestor_values:
+        logits_bHMS = torch.cat([logits_bHMS, ancestor_logits_bMHJ.transpose(1, 2)], -1)
+    weights = logits_bHMS.softmax(-1)
+    out_bMHK = torch.matmul(weights[..., :length].to(group.value_bHSK.dtype), group.value_bHSK).transpose(1, 2).float()
+    return _plus_values(out_bMHK, weights[..., length:].transpose(1, 2), ancestor_values)
+
+
+def _of_ancestors(query_BMHK: Tensor, logits_BMHJ: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Beams without any context; zeros where there are no ancestors either."""
+    nothing = torch.zeros(query_BMHK.shape, dtype=torch.float32, device=query_BMHK.device)
+    return _plus_values(nothing, logits_BMHJ.softmax(-1), values).to(query_BMHK.dtype)
+
+
+def _plus_values(out_BMHK: Tensor, weights_BMHJ: Tensor, values: Sequence[Tensor]) -> Tensor:
+    for step, value in enumerate(values):
+        out_BMHK = out_BMHK + weights_BMHJ[..., step : step + 1] * value.float()
+    return out_BMHK
+
+
+def _ancestors(
+    query_BMHK: Tensor, beams: BeamKV, ancestors: Sequence[Tensor], scale: float, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of the ancestors, (B, M, H, steps) float32, and their values, (B, M or 1, H, K) each."""
+    if not ancestors:
+        return query_BMHK.new_empty(*query_BMHK.shape[:-1], 0, dtype=torch.float32), []
+    keys, values = (
+        # The last step is the beams themselves.
+        [*(_rows(step, index) for step, index in zip(steps[:-1], ancestors, strict=False)), steps[-1]]
+        for steps in (beams.keys, beams.values)
+    )
+    logits_BMHJ = torch.stack([(query_BMHK * key).sum(-1, dtype=torch.float32) for key in keys], -1)
+    if scale != 1.0:
+        logits_BMHJ = logits_BMHJ * scale
+    return logits_BMHJ if bias is None else logits_BMHJ + bias.transpose(-3, -2), values
+
+
+def _rows(step_BmHK: Tensor, index_BM: Tensor) -> Tensor:
+    """Row index_BM[b, m] of request b: (B, M, H, K), or (B, 1, H, K) where there is one row and all beams share it."""
+    size, rows = step_BmHK.shape[:2]
+    if rows == 1:
+        return step_BmHK
+    first_B1 = torch.arange(0, size * rows, rows, device=index_BM.device)[:, None]
+    # Whole rows are copied; `gather` would look up every number.
+    return step_BmHK.flatten(0, 1).index_select(0, (index_BM + first_B1).flatten()).unflatten(0, index_BM.shape)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.t5 import Decoder, Encoder, Memory
@@ -45,7 +46,7 @@ class LevelContext:
         return LevelContext(tuple(logits_BC[rows] for logits_BC in self.logits))
 
 
-class ParallelTiger(nn.Module):
+class ParallelTiger(DraftingModel):
     """`forward(batch, seed)` is the training loss, `level_logits` the one pass that decoding needs.
 
     `begin`, `logits` and `teacher_forced` serve a beam search with the logits of that pass; for the conditionals see
@@ -82,12 +83,12 @@ class ParallelTiger(nn.Module):
         self.heads = CodeHeads(self.sizes, config.dim, shared=not multi, hidden=config.dim if multi else 0)
         self.register_buffer("weights_L", torch.tensor(config.level_weights or [1.0] * levels), persistent=False)
 
-    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's part of the global loss, and global scalars by name, without gradient.
+    def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
+        memory = self.encode(self.table.known_only(batch), seed)
+        return HistoryStates(memory.states_SD, memory.rectangles.offsets)
 
-        Scaled so that averaging gradients over ranks gives the gradient of the loss of the global batch. `tokens`
-        counts the codes that were predicted.
-        """
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+        """`tokens` counts the codes that were predicted; see `DraftingModel`."""
         batch = self.table.known_only(batch)
         codes_BL = self.table.codes_of_items(batch.target_ids_B)
         learned_B1 = codes_BL[:, :1] >= 0
@@ -95,7 +96,8 @@ class ParallelTiger(nn.Module):
         labels_BL = torch.where(hidden_BL, codes_BL, -1)
         steps = torch.arange(batch.size + 1, device=codes_BL.device) * len(self.sizes)
         draws = token_draws(batch, steps, codes_BL.numel(), seed)
-        states_BLD = self.states(self.encode(batch, seed), codes_BL.clamp(min=0), ~hidden_BL, draws)
+        memory = self.encode(batch, seed)
+        states_BLD = self.states(memory, codes_BL.clamp(min=0), ~hidden_BL, draws)
         losses_BL = self.heads.losses(states_BLD, labels_BL, self.config.label_smoothing)
         counts_L = all_reduce_sum((labels_BL >= 0).sum(0).float())
         weight = all_reduce_sum(learned_B1.sum().float())
@@ -110,7 +112,7 @@ class ParallelTiger(nn.Module):
         sums_L = all_reduce_sum(losses_BL.detach().sum(0))
         for level, value in enumerate((sums_L / counts_L.clamp(min=1.0)).unbind()):
             scalars[f"level_{level + 1}_loss"] = value
-        return loss, scalars
+        return loss, scalars, HistoryStates(memory.states_SD, memory.rectangles.offsets)
 
     def hidden_positions(self, batch: SequenceBatch, seed: int) -> Tensor:
         """Which positions are predicted, bool (B, n), a function of (seed, row number): 1 to n of them, any alike.

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.sid_gr_backbones import DecoderStack, Memory
 from generative_recommenders.generative.sid_gr_config import SIDGRConfig
 from generative_recommenders.generative.sid_gr_tokens import FlatTokens, flatten, longest_row
 from generative_recommenders.generative.tokens import IdTable, TokenEmbedding
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
+from ops import jagged
 
 # Tuples of all requests that teacher forcing holds at a time.
 _TUPLES_AT_A_TIME = 8192
@@ -46,7 +48,7 @@ class SIDGRContext:
         return SIDGRContext(self.memory.select(rows), self.places_B[rows], self.unknown)
 
 
-class SIDGR(nn.Module):
+class SIDGR(DraftingModel):
     """`forward(batch, seed)` is the training loss; `begin`, `logits` and `teacher_forced` serve the search.
 
     Args:
@@ -73,11 +75,16 @@ class SIDGR(nn.Module):
         self.output_norm = nn.LayerNorm(config.dim)
         self.heads = CodeHeads(table.sizes, config.dim, shared=config.shared_heads)
 
-    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's part of the global mean loss a code, and global scalars by name, without gradient.
+    def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
+        """Of the tokens up to the BOS of the item to predict; see `DraftingModel`."""
+        flat = self._flat(batch, with_target=False)
+        draws = None if seed is None else Draws.of(flat.rows, seed)
+        return HistoryStates(self._states(flat, draws), flat.rows.offsets)
 
-        Scaled so that averaging gradients over ranks gives the gradient of the mean over the global batch. `tokens`
-        counts the codes that were learned, `unknown_items` events and targets that have no ID.
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+        """The mean a code; see `DraftingModel`.
+
+        `tokens` counts the codes that were learned, `unknown_items` events and targets that have no ID.
         """
         flat = self._flat(batch, with_target=True)
         states_SD = self._states(flat, Draws.of(flat.rows, seed))
@@ -97,7 +104,14 @@ class SIDGR(nn.Module):
         items = total / len(self.sizes)
         for level, level_loss in enumerate(all_reduce_sum(losses_nL.detach().sum(0)).unbind()):
             scalars[f"level_{level + 1}_loss"] = level_loss / items
-        return loss, scalars
+        return loss, scalars, self._before_targets(flat, states_SD)
+
+    def _before_targets(self, flat: FlatTokens, states_SD: Tensor) -> HistoryStates:
+        """Without the codes of the targets, which end every row while training."""
+        lengths_B = flat.rows.offsets.diff() - (len(self.sizes) - 1)
+        places_S = flat.rows.positions_T()
+        kept_S = (places_S < lengths_B[flat.rows.rows_T()]).nonzero()[:, 0]
+        return HistoryStates(states_SD[kept_S], jagged.lengths_to_offsets(lengths_B))
 
     @torch.no_grad()
     def begin(self, batch: SequenceBatch) -> SIDGRContext:

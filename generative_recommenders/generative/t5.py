@@ -31,6 +31,7 @@ from generative_recommenders.generative.t5_attention import (
     jagged_cross_attention,
     jagged_self_attention,
     rectangle_attention,
+    rectangle_biases,
 )
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
 from ops import jagged
@@ -109,9 +110,9 @@ class SelfAttention(nn.Module):
         """Queries, keys and values, (…, H, K) each."""
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
 
-    def jagged(self, x_SD: Tensor, rectangles: RowRectangles, bias_HNN: Tensor | None, draws: Draws | None) -> Tensor:
-        q, k, v = self.project(x_SD)
-        return self.output(jagged_self_attention(q, k, v, rectangles, bias_HNN, self.weight_dropout, draws).flatten(1))
+    def jagged(self, x_SD: Tensor, rectangles: RowRectangles, biases: Sequence[Tensor], draws: Draws | None) -> Tensor:
+        qkv_S3HK = self.qkv(x_SD).unflatten(-1, (3, self.heads, -1))
+        return self.output(jagged_self_attention(qkv_S3HK, rectangles, biases, self.weight_dropout, draws).flatten(1))
 
     def dense(self, x_TD: Tensor, length: int, bias_HQQ: Tensor, draws: Draws | None) -> Tensor:
         """Rows of `length` tokens each."""
@@ -145,14 +146,12 @@ class CrossAttention(nn.Module):
         """(S, H, K) each."""
         return self.key_value(states_SD).unflatten(-1, (2, self.heads, -1)).unbind(-3)
 
-    def forward(self, x_TD: Tensor, memory: Memory, bias_HQN: Tensor | None, draws: Draws | None) -> Tensor:
+    def forward(self, x_TD: Tensor, memory: Memory, biases: Sequence[Tensor], draws: Draws | None) -> Tensor:
         """T = R * Q tokens of the decoder."""
         queries = x_TD.shape[0] // max(memory.size, 1)
         q_BQHK = self.query(x_TD).unflatten(-1, (self.heads, -1)).unflatten(0, (memory.size, queries))
-        if bias_HQN is not None:
-            bias_HQN = bias_HQN.repeat(1, q_BQHK.shape[1] // bias_HQN.shape[1], 1)
         k, v = self.keys_values(memory.states_SD)
-        attended = jagged_cross_attention(q_BQHK, k, v, memory.rectangles, bias_HQN, self.weight_dropout, draws)
+        attended = jagged_cross_attention(q_BQHK, k, v, memory.rectangles, biases, self.weight_dropout, draws)
         return self.output(attended.flatten(2).flatten(0, 1))
 
     def step(self, x_BMD: Tensor, context: ContextKV, biases: Sequence[Tensor] | None) -> Tensor:
@@ -170,8 +169,8 @@ class EncoderLayer(nn.Module):
         self.ffn = FeedForward(shape, stream + 2)
         self.ffn_dropout = KeyedDropout(shape.dropout_rate, stream + 3)
 
-    def forward(self, x_SD: Tensor, rectangles: RowRectangles, bias_HNN: Tensor | None, draws: Draws | None) -> Tensor:
-        attended = self.attention.jagged(self.attention_norm(x_SD), rectangles, bias_HNN, draws)
+    def forward(self, x_SD: Tensor, rectangles: RowRectangles, biases: Sequence[Tensor], draws: Draws | None) -> Tensor:
+        attended = self.attention.jagged(self.attention_norm(x_SD), rectangles, biases, draws)
         x_SD = x_SD + self.attention_dropout(attended, draws)
         return x_SD + self.ffn_dropout(self.ffn(self.ffn_norm(x_SD), draws), draws)
 
@@ -190,12 +189,17 @@ class DecoderLayer(nn.Module):
         self.ffn_dropout = KeyedDropout(shape.dropout_rate, stream + 5)
 
     def forward(
-        self, x_TD: Tensor, memory: Memory, self_bias_HQQ: Tensor, cross_bias_HQN: Tensor | None, draws: Draws | None
+        self,
+        x_TD: Tensor,
+        memory: Memory,
+        self_bias_HQQ: Tensor,
+        cross_biases: Sequence[Tensor],
+        draws: Draws | None,
     ) -> Tensor:
         """T = R * Q tokens; the self-attention bias says Q and hides what a position may not see."""
         attended = self.attention.dense(self.attention_norm(x_TD), self_bias_HQQ.shape[-1], self_bias_HQQ, draws)
         x_TD = x_TD + self.attention_dropout(attended, draws)
-        x_TD = x_TD + self.cross_dropout(self.cross(self.cross_norm(x_TD), memory, cross_bias_HQN, draws), draws)
+        x_TD = x_TD + self.cross_dropout(self.cross(self.cross_norm(x_TD), memory, cross_biases, draws), draws)
         return x_TD + self.ffn_dropout(self.ffn(self.ffn_norm(x_TD), draws), draws)
 
     def step(
@@ -229,9 +233,13 @@ class Encoder(nn.Module):
         rectangles = RowRectangles.of(offsets, x_SD.shape[0])
         places = torch.arange(rectangles.longest, device=x_SD.device)
         bias_HNN = None if self.bias is None else self.bias(places, places)
+        biases = rectangle_biases(rectangles, bias_HNN, square=True)
         x_SD = self.input_dropout(x_SD, draws)
+        if bias_HNN is not None and not biases:
+            # An empty share of a batch still takes part in the graph.
+            x_SD = x_SD + 0.0 * bias_HNN.sum()
         for layer in self.layers:
-            x_SD = _run(layer, self.training and self.shape.activation_checkpoint, x_SD, rectangles, bias_HNN, draws)
+            x_SD = _run(layer, self.training and self.shape.activation_checkpoint, x_SD, rectangles, biases, draws)
         return Memory(self.output_dropout(self.norm(x_SD), draws), rectangles)
 
 
@@ -310,10 +318,14 @@ class Decoder(nn.Module):
         if self.causal:
             self_bias = self_bias.masked_fill(places > places[:, None], -torch.inf)
         cross_bias = self._cross_bias(places, memory.rectangles.longest)
+        if cross_bias is not None and memory.size:
+            # Rows of one request lie side by side.
+            cross_bias = cross_bias.repeat(1, x_RQD.shape[0] // memory.size, 1)
+        cross_biases = rectangle_biases(memory.rectangles, cross_bias, square=False)
         recompute = self.training and self.shape.activation_checkpoint
         x_TD = self.input_dropout(x_RQD.flatten(0, 1), draws)
         for layer in self.layers:
-            x_TD = _run(layer, recompute, x_TD, memory, self_bias, cross_bias, draws)
+            x_TD = _run(layer, recompute, x_TD, memory, self_bias, cross_biases, draws)
         return self.output_dropout(self.norm(x_TD), draws).unflatten(0, (x_TD.shape[0] // length, length))
 
     def _self_bias(self, queries: Tensor, keys: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,26 +137,37 @@ def hide_padding(valid_GS: Tensor) -> Tensor:
     return torch.zeros(valid_GS.shape, device=valid_GS.device).masked_fill(~valid_GS, -math.inf)[:, None, None]
 
 
+def rectangle_biases(rectangles: RowRectangles, bias_HQN: Tensor | None, *, square: bool) -> list[Tensor]:
+    """What is added to the logits of each rectangle, (G, H or 1, Q or 1, S); the same in all layers, so made once.
+
+    `bias_HQN` covers at least the longest row; with `square` its queries are the tokens of the row themselves.
+    """
+    biases = []
+    for valid in rectangles.groups.valid:
+        bias, length = hide_padding(valid), valid.shape[1]
+        if bias_HQN is not None:
+            bias = bias + bias_HQN[:, : length if square else None, :length]
+        biases.append(bias)
+    return biases
+
+
 def jagged_self_attention(
-    q_SHK: Tensor,
-    k_SHK: Tensor,
-    v_SHK: Tensor,
+    qkv_S3HK: Tensor,
     rectangles: RowRectangles,
-    bias_HNN: Tensor | None,
+    biases: Sequence[Tensor],
     weight_dropout: WeightDropout,
     draws: Draws | None,
 ) -> Tensor:
-    """Every token attends to all tokens of its row: (S, H, K). `bias_HNN` covers at least the longest row."""
+    """Every token attends to all tokens of its row: (S, H, K) from queries, keys and values side by side.
+
+    `biases` are those of `rectangle_biases`.
+    """
     if not rectangles.rows:
         # An empty share of a batch still takes part in the graph.
-        return q_SHK + 0.0 * (k_SHK + v_SHK) + (0.0 if bias_HNN is None else 0.0 * bias_HNN.sum())
+        return qkv_S3HK.sum(1)
     pieces, cells = [], []
-    for tokens, valid in zip(rectangles.groups.tokens, rectangles.groups.valid, strict=True):
-        q, k, v = (x[tokens].transpose(1, 2) for x in (q_SHK, k_SHK, v_SHK))
-        length = tokens.shape[1]
-        bias = hide_padding(valid)
-        if bias_HNN is not None:
-            bias = bias + bias_HNN[:, :length, :length]
+    for tokens, valid, bias in zip(rectangles.groups.tokens, rectangles.groups.valid, biases, strict=True):
+        q, k, v = qkv_S3HK[tokens].permute(2, 0, 3, 1, 4)
         keys = None if draws is None else draws.keys_T[tokens]
         attended = rectangle_attention(q, k, v, bias, weight_dropout, keys, draws)
         pieces.append(attended.transpose(1, 2)[valid])
@@ -169,23 +181,19 @@ def jagged_cross_attention(
     k_SHK: Tensor,
     v_SHK: Tensor,
     rectangles: RowRectangles,
-    bias_HQN: Tensor | None,
+    biases: Sequence[Tensor],
     weight_dropout: WeightDropout,
     draws: Draws | None,
 ) -> Tensor:
     """The queries of row b attend to the tokens of row b: (B, Q, H, K); zeros where there are none.
 
-    `bias_HQN` covers at least the longest row; the keys of `draws` are those of the queries, (B * Q,).
+    `biases` are those of `rectangle_biases`; the keys of `draws` are those of the queries, (B * Q,).
     """
     # Without any token the keys still take part in the graph.
     out_BQHK = 0.0 * q_BQHK if rectangles.rows else 0.0 * (q_BQHK + k_SHK.sum() + v_SHK.sum())
     keys_BQ = None if draws is None else draws.keys_T.view(q_BQHK.shape[:2])
-    parts = zip(rectangles.rows, rectangles.groups.tokens, rectangles.groups.valid, strict=True)
-    for rows, tokens, valid in parts:
+    for rows, tokens, bias in zip(rectangles.rows, rectangles.groups.tokens, biases, strict=True):
         q, k, v = (x.transpose(1, 2) for x in (q_BQHK[rows], k_SHK[tokens], v_SHK[tokens]))
-        bias = hide_padding(valid)
-        if bias_HQN is not None:
-            bias = bias + bias_HQN[..., : tokens.shape[1]]
         keys = None if keys_BQ is None else keys_BQ[rows]
         attended = rectangle_attention(q, k, v, bias, weight_dropout, keys, draws)
         out_BQHK = out_BQHK.index_copy(0, rows, attended.transpose(1, 2).to(out_BQHK.dtype))

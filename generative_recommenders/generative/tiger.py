@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import configurable
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.t5 import Decoder, DecoderState, Encoder, Memory
 from generative_recommenders.generative.t5_config import T5Config
@@ -74,7 +75,7 @@ class TigerConfig(T5Config):
         )
 
 
-class Tiger(nn.Module):
+class Tiger(DraftingModel):
     """`forward(batch, seed)` is the training loss; `begin` and `logits` serve the search, `teacher_forced` checks it.
 
     Events whose items have no ID are left out of the histories; rows whose target has none carry no loss.
@@ -134,17 +135,19 @@ class Tiger(nn.Module):
             states_RLD: Tensor = self.decoder(x_RLD, memory, draws)
         return states_RLD.float()
 
-    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's part of the global mean loss over targets, and global scalars by name, without gradient.
+    def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
+        memory = self._encode(self.table.known_only(batch), seed)
+        return HistoryStates(memory.states_SD, memory.rectangles.offsets)
 
-        The value is scaled so that averaging gradients over ranks gives the gradient of the mean over the global batch.
-        """
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+        """The mean over targets; see `DraftingModel`."""
         batch = self.table.known_only(batch)
         codes_BL = self.table.codes_of_items(batch.target_ids_B)
         rows = batch.size
         steps = torch.arange(rows + 1, device=codes_BL.device) * len(self.sizes)
         draws = token_draws(batch, steps, rows * len(self.sizes), seed)
-        states_BLD = self._decode(self._encode(batch, seed), codes_BL.clamp(min=0), draws)
+        memory = self._encode(batch, seed)
+        states_BLD = self._decode(memory, codes_BL.clamp(min=0), draws)
         losses_BL = self.heads.losses(states_BLD, codes_BL, self.config.label_smoothing)
         learned = all_reduce_sum((codes_BL[:, 0] >= 0).sum().float())
         total = learned.clamp(min=1.0)
@@ -154,7 +157,8 @@ class Tiger(nn.Module):
         reported_L = all_reduce_sum(levels_L.detach()) / world_size()
         main = (reported_L * self.weights_L).sum()
         by_level = {f"level_{level + 1}_loss": value for level, value in enumerate(reported_L)}
-        return loss, {"main_loss": main, "ar_loss": main, **by_level, "tokens": learned}
+        states = HistoryStates(memory.states_SD, memory.rectangles.offsets)
+        return loss, {"main_loss": main, "ar_loss": main, **by_level, "tokens": learned}, states
 
     def begin(self, batch: SequenceBatch, length: int | None = None) -> DecoderState:
         """Prefill: the encoder once, and keys and values of its states for every decoder layer.

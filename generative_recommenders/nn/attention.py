@@ -38,7 +38,7 @@ class RowGroups:
         order = torch.argsort(lengths, descending=True, stable=True)
         host = lengths[order].tolist()
         tokens, valid = [], []
-        for first, last, longest in _spans(host):
+        for first, last, longest in _spans(host, similar=offsets.device.type == "cpu"):
             rows = order[first:last]
             columns = torch.arange(longest, device=offsets.device)
             inside = columns < lengths[rows, None]
@@ -48,13 +48,17 @@ class RowGroups:
         return cls(tokens, valid)
 
 
-def _spans(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut descending lengths into runs of at most `_GROUP_TOKENS` padded tokens; empty rows are left out."""
+def _spans(lengths: list[int], similar: bool) -> Iterator[tuple[int, int, int]]:
+    """Cut descending lengths into runs of at most `_GROUP_TOKENS` padded tokens; empty rows are left out.
+
+    With `similar` a run ends before a row of less than half its longest too: a CPU pays for padding, a GPU for calls.
+    """
     first = 0
     while first < len(lengths) and lengths[first] > 0:
         count = max(1, _GROUP_TOKENS // lengths[first])
+        least = max(1, (lengths[first] + 1) // 2) if similar else 1
         last = first
-        while last < min(first + count, len(lengths)) and lengths[last] > 0:
+        while last < min(first + count, len(lengths)) and lengths[last] >= least:
             last += 1
         yield first, last, lengths[first]
         first = last

@@ -83,8 +83,9 @@ class Checkpoint:
         """Raises CheckpointError where names or shapes differ from the model's."""
         tensors = _read(self.path / "model.safetensors", device)
         own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        flexible: frozenset[str] = getattr(model, "flexible_buffers", frozenset())
         for name, value in tensors.items():
-            if own.get(name) != tuple(value.shape):
+            if own.get(name) != tuple(value.shape) and name not in flexible:
                 raise CheckpointError(
                     f"checkpoint {self.path}: {name} has shape {tuple(value.shape)}, expected {own.get(name)}; "
                     "was it trained with another config or dataset?"

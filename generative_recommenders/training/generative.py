@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.loader import Loader
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.evaluation.drafting import DRAFT_METRICS, evaluate_drafts
 from generative_recommenders.evaluation.generative import Catalogue, evaluate_lists
 from generative_recommenders.evaluation.metrics import HR_AT, MAX_RANK, NDCG_AT
 from generative_recommenders.evaluation.retrieval import Evaluation
@@ -33,6 +34,7 @@ from generative_recommenders.generative.assemble import (
     codebooks_of,
     load_ids,
 )
+from generative_recommenders.generative.draft_head import EncoderDrafter
 from generative_recommenders.generative.tiger import TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.generative.trie import Trie
@@ -41,7 +43,7 @@ from generative_recommenders.tokenizers.config import TokenizerConfig
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
 from generative_recommenders.training.experiment import Places
-from generative_recommenders.training.task import Settings, Task
+from generative_recommenders.training.task import Finetune, Settings, Task
 from generative_recommenders.training.tokenizer import TokenizerExperiment
 from generative_recommenders.training.trained import TrainedExperiment, configure_precision, settings_of
 
@@ -62,7 +64,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         self.plan = Plan.of(config)
         e = self.plan.experiment
         self.max_sequence_length, self.resume, self.random_seed = e.max_sequence_length, e.resume, e.random_seed
-        _check_metric(e.early_stopping_metric, e.top_k)
+        _check_metric(e.early_stopping_metric, e.top_k, drafts=self.plan.draft.width > 0)
         self.dataset = PreparedDataset.load(places.data_dir, e.dataset_name)
         self.id_folders = [places.data_dir / e.dataset_name / IDS_FOLDER / name for name in e.semantic_ids]
         self.tokenizer: TokenizerConfig = config.build(TokenizerConfig)
@@ -173,7 +175,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return Catalogue(codes_VL.to(device), trained_V.to(device), len(data.catalog))
 
     def evaluate(self, model: GenerativeRecommender, split: str, limit: int | None = None) -> Evaluation:
-        return evaluate_lists(
+        evaluation = evaluate_lists(
             model,
             self.searcher(model),
             self.batches(split, limit),
@@ -181,6 +183,12 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             self.catalogue,
             self.plan.experiment.top_k,
         )
+        if model.draft is None:
+            return evaluation
+        was_training = model.training
+        drafts = evaluate_drafts(EncoderDrafter(model.eval()), self.batches(split, limit), self.runtime)
+        model.train(was_training)
+        return replace(evaluation, metrics=evaluation.metrics | drafts)
 
     def extra_files(self, folder: Path) -> list[Path]:
         """The item map, the tables of semantic IDs, and the users where the model has tokens of them."""
@@ -262,12 +270,22 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             evaluate=follow,
             probe=lambda batch: {},
             final=lambda: self.evaluate(model, "test"),
+            begin_epoch=lambda epoch: self._begin_epoch(model, epoch),
         )
+
+    def _begin_epoch(self, model: GenerativeRecommender, epoch: int) -> None:
+        stage_two = self.plan.experiment.num_epochs - self.plan.draft.finetune_epochs
+        if model.draft is not None and epoch == stage_two:
+            ids_N = model.table.item_ids_N
+            model.draft.begin_stage_two(model, ids_N[self.catalogue.trained_V[ids_N]])
 
     def settings(self) -> Settings:
         e = self.plan.experiment
         followed = "valid" if self.dataset.explicit else e.eval_split
-        return settings_of(e, followed, schedule=e.schedule, accumulation=e.accumulation_steps)
+        draft, finetune = self.plan.draft, None
+        if draft.finetune_epochs:
+            finetune = Finetune(draft.finetune_epochs, draft.finetune_learning_rate, draft.finetune_warmup_steps)
+        return settings_of(e, followed, schedule=e.schedule, accumulation=e.accumulation_steps, finetune=finetune)
 
     def protocol(self) -> str:
         e = self.plan.experiment
@@ -275,11 +293,12 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return f"{selected}, history {'filtered' if e.filter_history else 'not filtered'}"
 
 
-def _check_metric(name: str, top_k: int) -> None:
+def _check_metric(name: str, top_k: int, drafts: bool) -> None:
     if top_k > MAX_RANK:
         raise ConfigError(f"train_generative.top_k: got {top_k}, expected at most {MAX_RANK}, the rank of a miss")
     measured = [f"hr@{k}" for k in HR_AT if k <= top_k] + [f"ndcg@{k}" for k in NDCG_AT if k <= top_k] + ["mrr"]
     names = measured + [f"sid_{metric}" for metric in measured]
+    names += [f"draft_{metric}" for metric in DRAFT_METRICS if drafts]
     if name not in names:
         raise ConfigError(
             f"train_generative.early_stopping_metric: got {name!r}, expected one of {', '.join(names)} "

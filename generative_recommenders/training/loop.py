@@ -27,7 +27,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.retrieval import Evaluation
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointFolder, Progress
 from generative_recommenders.training.environment import peak_memory_mb
-from generative_recommenders.training.optim import adamw, learning_rate_at
+from generative_recommenders.training.optim import adamw
 from generative_recommenders.training.reporting import Reporter
 from generative_recommenders.training.task import COUNTS, Settings, Task
 from ops.random import fold
@@ -127,6 +127,8 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.runtime.device)
         tokens = torch.zeros((), device=self.runtime.device)
         began, first = time.perf_counter(), progress.batch
+        if first == 0:
+            self.task.begin_epoch(epoch)
         batches = self.task.batches.epoch(epoch, start=first)
         for batch in self.reporter.progress(batches, len(self.task.batches), first, f"epoch {epoch}"):
             scalars = self._step(batch.to(self.runtime.device))
@@ -155,13 +157,7 @@ class Trainer:
 
     def _step(self, batch: Any) -> dict[str, Tensor]:
         progress, settings = self.progress, self.settings
-        rate = learning_rate_at(
-            settings.learning_rate,
-            progress.step,
-            settings.num_warmup_steps,
-            settings.schedule,
-            settings.num_epochs * len(self.task.batches),
-        )
+        rate = settings.learning_rate_at(progress.step, len(self.task.batches))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         probed = progress.step % settings.eval_interval == 0 and batch.size > 0

@@ -10,7 +10,7 @@ from torch import nn
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.evaluation.retrieval import Evaluation
-from generative_recommenders.training.optim import Schedule
+from generative_recommenders.training.optim import Schedule, learning_rate_at
 
 
 class Batches(Protocol):
@@ -40,6 +40,17 @@ class Task:
     evaluate: Callable[[int, bool], Evaluation]
     probe: Callable[[SequenceBatch], Mapping[str, float]]
     final: Callable[[], Evaluation]
+    # Called with the number of an epoch before its first step.
+    begin_epoch: Callable[[int], None] = lambda epoch: None
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """A second stage: the last `num_epochs` of the epochs, with a rate and a warm-up of its own."""
+
+    num_epochs: int
+    learning_rate: float
+    num_warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -68,3 +79,13 @@ class Settings:
     early_stopping_patience: int
     schedule: Schedule = "constant"
     accumulation: int = 1
+    finetune: Finetune | None = None
+
+    def learning_rate_at(self, step: int, steps_an_epoch: int) -> float:
+        """The rate of a step; each stage has a schedule of its own."""
+        last = self.finetune.num_epochs if self.finetune else 0
+        first_steps, last_steps = (self.num_epochs - last) * steps_an_epoch, last * steps_an_epoch
+        if self.finetune is None or step < first_steps:
+            return learning_rate_at(self.learning_rate, step, self.num_warmup_steps, self.schedule, first_steps)
+        own = self.finetune
+        return learning_rate_at(own.learning_rate, step - first_steps, own.num_warmup_steps, self.schedule, last_steps)

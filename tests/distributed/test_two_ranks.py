@@ -133,8 +133,15 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
             "train_generative.accumulation_steps = 5",
             *(f"sid_gr.{n}" for n in ("num_blocks = 1", "dim = 8", "num_heads = 2", "dropout_rate = 0.2")),
         ],
+        [
+            "train_generative.model = 'TIGER'",
+            *(f"tiger.{n}" for n in ("num_encoder_layers = 1", "num_decoder_layers = 1", "dim = 8", "num_heads = 2")),
+            *(f"tiger.{n}" for n in ("dkv = 4", "ffn_hidden_dim = 16", "dropout_rate = 0.2", "user_tokens = 0")),
+            "draft_head.width = 8",
+            "draft_head.finetune_epochs = 1",
+        ],
     ],
-    ids=["tiger", "sid-gr-in-parts"],
+    ids=["tiger", "sid-gr-in-parts", "tiger-that-drafts"],
 )
 def test_two_ranks_generate_what_one_does(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.transformers_t5 import load_into
 from generative_recommenders.generative.t5 import Decoder, Encoder, T5Shape
 from generative_recommenders.generative.t5_attention import PositionBias, RelativePositionBias
 from generative_recommenders.nn.dropout import Draws
@@ -44,40 +45,6 @@ def tokens(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def load_into(theirs: Any, encoder: Encoder, decoder: Decoder, gated: bool) -> None:
-    """Our weights into a T5 of the transformers package."""
-
-    def ffn(block: Any, ours: nn.Module) -> None:
-        dense = block.DenseReluDense
-        if gated:
-            dense.wi_0.weight.copy_(ours.input.weight.chunk(2)[0])
-            dense.wi_1.weight.copy_(ours.input.weight.chunk(2)[1])
-        else:
-            dense.wi.weight.copy_(ours.input.weight)
-        dense.wo.weight.copy_(ours.output.weight)
-
-    with torch.no_grad():
-        for stack, ours in ((theirs.encoder, encoder), (theirs.decoder, decoder)):
-            stack.final_layer_norm.weight.copy_(ours.norm.weight)
-            bias = ours.bias if isinstance(ours, Encoder) else ours.self_bias
-            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.copy_(bias.table)
-            for block, layer in zip(stack.block, ours.layers, strict=True):
-                attention = block.layer[0].SelfAttention
-                for name, part in zip("qkv", layer.attention.qkv.weight.chunk(3), strict=True):
-                    getattr(attention, name).weight.copy_(part)
-                attention.o.weight.copy_(layer.attention.output.weight)
-                block.layer[0].layer_norm.weight.copy_(layer.attention_norm.weight)
-                if ours is decoder:
-                    cross, own = block.layer[1].EncDecAttention, layer.cross
-                    cross.q.weight.copy_(own.query.weight)
-                    cross.k.weight.copy_(own.key_value.weight.chunk(2)[0])
-                    cross.v.weight.copy_(own.key_value.weight.chunk(2)[1])
-                    cross.o.weight.copy_(own.output.weight)
-                    block.layer[1].layer_norm.weight.copy_(layer.cross_norm.weight)
-                block.layer[-1].layer_norm.weight.copy_(layer.ffn_norm.weight)
-                ffn(block.layer[-1], layer.ffn)
-
-
 @pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (8, 20)])
 def test_states_are_those_of_the_transformers_package(activation: Any, buckets: int, distance: int) -> None:
@@ -96,7 +63,7 @@ def test_states_are_those_of_the_transformers_package(activation: Any, buckets: 
         feed_forward_proj=activation,
     )
     theirs = transformers.T5Model(config).eval()
-    load_into(theirs, encoder, decoder, activation == "gated-gelu")
+    load_into(theirs, encoder, decoder)
     # Long enough for the last bucket of both kinds.
     lengths = [150, 1, 40]
     x_SD, y_RQD = tokens(sum(lengths)), tokens(3 * 5, seed=2).view(3, 5, 16)

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.transformers_t5 import load_into
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.errors import UserError
 from generative_recommenders.generative.tiger import Tiger, TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from tests import batches
-from tests.generative.test_t5 import load_into
 
 SIZES = (4, 6, 3)
 ITEMS = 20
@@ -62,7 +62,6 @@ def test_logits_are_those_of_a_t5_with_the_same_weights(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     model = tiger(**VARIANTS[kind]).eval()
     users, codes = model.config.user_tokens, sum(SIZES)
-    gated = model.config.ffn_activation_fn == "gated-gelu"
     # Their one vocabulary: codes of all levels, users, separator, BOS, padding.
     separator, bos, pad = codes + users, codes + users + 1, codes + users + 2
     theirs = transformers.T5ForConditionalGeneration(
@@ -78,7 +77,7 @@ def test_logits_are_those_of_a_t5_with_the_same_weights(kind: str) -> None:
             tie_word_embeddings=kind == "tied",
         )
     ).eval()
-    load_into(theirs, model.encoder, model.decoder, gated)
+    load_into(theirs, model.encoder, model.decoder)
     with torch.no_grad():
         rows = theirs.shared.weight
         rows[:codes] = model.tokens.table

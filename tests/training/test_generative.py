@@ -24,7 +24,7 @@ from generative_recommenders.tokenizers.catalogue import load_current, remove_it
 from generative_recommenders.training.checkpoint import CheckpointError
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.generative import GenerativeExperiment
-from generative_recommenders.training.loop import Trainer
+from generative_recommenders.training.loop import Interrupted, Trainer
 from generative_recommenders.training.runs import find_checkpoint
 from tests.toy import write_toy_dataset
 
@@ -100,6 +100,34 @@ def test_a_run_cut_short_continues_to_the_same_metrics(make: Make, kind: str) ->
     make("train_generative.num_epochs = 1", kind=kind).train()
     (folder,) = make(kind=kind).places.exps_dir.glob("toy-l6/*")
     rest, _ = make(f"train_generative.resume = '{folder}'", kind=kind).train()
+    assert rest.metrics == pytest.approx(whole.metrics, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_stages_of_a_drafting_model_can_be_cut_short(
+    make: Make, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bindings = ("tiger.user_tokens = 0", "draft_head.width = 8", "draft_head.finetune_epochs = 2")
+    bindings += ("train_generative.num_epochs = 4", "train_generative.early_stopping_metric = 'draft_hr@10'")
+    whole, folder = make(*bindings, kind=kind, exps="whole").train()
+    assert 0.0 < whole.metrics["draft_hr@10"] <= 1.0
+    assert "-draft8-" in folder.name
+    stop_after = iter((1, 2, 3))
+    epoch_of = Trainer._epoch
+
+    def stopped(trainer: Trainer) -> None:
+        epoch_of(trainer)
+        if trainer.progress.epoch in wanted:
+            trainer.stop.received = True
+            trainer._stop_if_asked(saved=True)
+
+    monkeypatch.setattr(Trainer, "_epoch", stopped)
+    for last in stop_after:
+        wanted = {last}
+        with pytest.raises(Interrupted):
+            make(*bindings, kind=kind).train()
+    wanted = set()
+    rest, _ = make(*bindings, kind=kind).train()
     assert rest.metrics == pytest.approx(whole.metrics, nan_ok=True)
 
 

@@ -1,0 +1,291 @@
+"""A drafter inside a generative model: pooled states of its own encoder, for histories and for items alike.
+
+    h = L2norm(W mean over tokens of Encoder(tokens))            score of an item = h(history) . h(item alone) / t
+
+SpecGR++ of "Inductive Generative Recommendation via Retrieval-based Speculation" (arXiv 2410.02939): an item is encoded
+as a history of nothing but itself, so items that no training event has are scored like any other. Training adds to the
+generative loss, stage one, the contrast of each history's target with the targets of the other rows, and stage two the
+cross-entropy over all trained items, whose vectors are frozen when it begins.
+
+Differences from the public code: a row's target that another row has too is no negative of it (there its logit becomes
+0), and both stages keep the generative loss.
+
+Letters: W width of a vector, N items with an ID, n trained items.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.config import configurable
+from generative_recommenders.distributed.runtime import (
+    all_gather_concat,
+    all_reduce_sum,
+    gathered_rows,
+    rows_before,
+    world_size,
+)
+from generative_recommenders.errors import UserError
+from generative_recommenders.generative.tokens import IdTable
+from ops import jagged
+from ops.random import fold
+from ops.row_sums import row_sums
+
+# Items encoded at a time where all are.
+_ITEMS_AT_A_TIME = 2048
+# Apart from the seeds of the histories' dropout.
+_ITEM_SEED = 20_241_002
+
+
+@configurable("draft_head")
+@dataclass(frozen=True)
+class DraftConfig:
+    """Bindings `draft_head.*`: whether a generative model drafts too, and how that is trained.
+
+    width: of the vectors; 0 is no head. temperature: t. loss_weight: of the contrast beside the generative loss, which
+    `generative_loss_weight` is of. The last `finetune_epochs` of `train_generative.num_epochs` are stage two, with
+    rates and a weight of its own (`finetune_learning_rate`, `finetune_warmup_steps`, `finetune_loss_weight`).
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    width: int = 0
+    temperature: float = 0.07
+    loss_weight: float = 6.0
+    generative_loss_weight: float = 1.0
+    finetune_epochs: int = 0
+    finetune_learning_rate: float = 3e-5
+    finetune_warmup_steps: int = 0
+    finetune_loss_weight: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "loss_weight", "generative_loss_weight", "finetune_epochs", "finetune_warmup_steps"):
+            self._expect(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("temperature", "finetune_learning_rate", "finetune_loss_weight"):
+            self._expect(name, getattr(self, name) > 0, "more than 0")
+        self._expect(
+            "finetune_epochs", self.width > 0 or self.finetune_epochs == 0, "0 without a head; try draft_head.width"
+        )
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise UserError(f"draft_head.{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    def describe(self) -> str:
+        """For a run's name; empty without a head."""
+        if not self.width:
+            return ""
+        stage_two = f"-ft{self.finetune_epochs}" if self.finetune_epochs else ""
+        return f"draft{self.width}-t{self.temperature:g}-w{self.loss_weight:g}{stage_two}"
+
+
+class HistoryStates(NamedTuple):
+    """Encoder states of the tokens of histories, (S, D), and their offsets (B + 1,); no token knows of a target."""
+
+    states_SD: Tensor
+    offsets: Tensor
+
+
+class DraftHead(nn.Module):
+    """Vectors of histories and items, and the losses they are trained with.
+
+    `begin_stage_two` freezes the items' vectors; from then on `joint_loss` is that of stage two. A checkpoint of that
+    stage holds them.
+    """
+
+    frozen_nW: Tensor
+    trained_n: Tensor
+
+    def __init__(self, config: DraftConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = nn.Linear(dim, config.width)
+        self.register_buffer("frozen_nW", torch.empty(0, config.width))
+        self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
+
+    @property
+    def in_stage_two(self) -> bool:
+        return self.trained_n.numel() > 0
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Empty in stage one, and as many rows as there were trained items in stage two.
+        for name in ("frozen_nW", "trained_n"):
+            if (found := state_dict.get(prefix + name)) is not None:
+                setattr(self, name, getattr(self, name).new_empty(found.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, states: HistoryStates) -> Tensor:
+        """(B, W) of length 1; zeros of a history without tokens."""
+        size, count = states.offsets.numel() - 1, states.states_SD.shape[0]
+        sums_BD = row_sums(jagged.rows(states.offsets, count), states.states_SD.float(), num_rows=size)
+        means_BD = sums_BD / states.offsets.diff().clamp(min=1)[:, None]
+        return F.normalize(self.projection(means_BD), dim=-1)
+
+    def items(
+        self, model: DraftingModel, item_ids_n: Tensor, seed: int | None = None, row_numbers_n: Tensor | None = None
+    ) -> Tensor:
+        """Vectors of items, (n, W): of histories that hold the item alone.
+
+        Dropout only where there is a seed, keyed by the row numbers.
+        """
+        return self(model.history_states(lone_items(item_ids_n, row_numbers_n), seed))
+
+    @torch.no_grad()
+    def all_items(self, model: DraftingModel, item_ids_n: Tensor) -> Tensor:
+        """Vectors of many items, (n, W), some at a time and without dropout."""
+        was_training = model.training
+        model.eval()
+        parts = [self.items(model, ids) for ids in item_ids_n.split(_ITEMS_AT_A_TIME)]
+        model.train(was_training)
+        return torch.cat(parts)
+
+    def begin_stage_two(self, model: DraftingModel, trained_n: Tensor) -> None:
+        """Freeze the vectors of the trained items, int64 ids in ascending order."""
+        self.frozen_nW = self.all_items(model, trained_n)
+        self.trained_n = trained_n
+
+    def joint_loss(
+        self,
+        model: DraftingModel,
+        batch: SequenceBatch,
+        seed: int,
+        loss: Tensor,
+        scalars: dict[str, Tensor],
+        states: HistoryStates,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generative loss of this rank's rows and the drafter's, weighted; `draft_loss` joins the scalars.
+
+        Both are means over the global batch's targets that have an ID.
+        """
+        queries_BW = self(states)
+        learned_B = model.table.rows_of(batch.target_ids_B) >= 0
+        if self.in_stage_two:
+            weight, losses_B = self.config.finetune_loss_weight, self._over_frozen(queries_BW, batch, learned_B)
+        else:
+            weight, losses_B = self.config.loss_weight, self._contrast(model, queries_BW, batch, learned_B, seed)
+        total = all_reduce_sum(learned_B.sum().float()).clamp(min=1.0)
+        draft = losses_B.sum() / total * world_size()
+        joint = self.config.generative_loss_weight * loss + weight * draft
+        reported = all_reduce_sum(draft.detach()) / world_size()
+        main = self.config.generative_loss_weight * scalars["ar_loss"] + weight * reported
+        return joint, scalars | {"draft_loss": reported, "ar_loss": main}
+
+    def _contrast(
+        self, model: DraftingModel, queries_BW: Tensor, batch: SequenceBatch, learned_B: Tensor, seed: int
+    ) -> Tensor:
+        """Cross-entropy of each row's target among the targets of all ranks' rows, (B,); 0 of one without an ID."""
+        targets_B = batch.target_ids_B
+        known_B = torch.where(learned_B, targets_B, model.table.item_ids_N[0])
+        own_BW = self.items(model, known_B, fold(seed, _ITEM_SEED), batch.row_numbers_B)
+        # Targets without an ID are nobody's negatives.
+        ids_B = torch.where(learned_B, targets_B, -1)
+        ids_X, items_XW, first = ids_B, own_BW, 0
+        if world_size() > 1:
+            ids_X, items_XW, first = all_gather_concat(ids_B), gathered_rows(own_BW), rows_before(own_BW)
+        logits_BX = queries_BW @ items_XW.T / self.config.temperature
+        places_B = first + torch.arange(len(ids_B), device=ids_B.device)
+        own_BX = places_B[:, None] == torch.arange(len(ids_X), device=ids_B.device)
+        hidden_BX = ((ids_X == ids_B[:, None]) | (ids_X < 0)) & ~own_BX
+        losses_B = F.cross_entropy(logits_BX.masked_fill(hidden_BX, -math.inf), places_B, reduction="none")
+        return torch.where(learned_B, losses_B, 0.0)
+
+    def _over_frozen(self, queries_BW: Tensor, batch: SequenceBatch, learned_B: Tensor) -> Tensor:
+        """Cross-entropy of each row's target among all trained items, (B,); 0 of a target that is none of them."""
+        place_B = torch.searchsorted(self.trained_n, batch.target_ids_B).clamp_max(len(self.trained_n) - 1)
+        learned_B = learned_B & (self.trained_n[place_B] == batch.target_ids_B)
+        logits_Bn = queries_BW @ self.frozen_nW.T / self.config.temperature
+        losses_B: Tensor = F.cross_entropy(logits_Bn, torch.where(learned_B, place_B, -100), reduction="none")
+        return losses_B
+
+
+class DraftingModel(nn.Module):
+    """A generative model; `forward(batch, seed)` is the training loss, the drafter's too where there is one."""
+
+    table: IdTable
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draft: DraftHead | None = None
+
+    @abstractmethod
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+        """This rank's part of the global mean loss, global scalars by name, and states of the histories."""
+
+    @abstractmethod
+    def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
+        """States of the tokens of the histories; dropout only where there is a seed."""
+
+    def forward(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the global mean loss, and global scalars by name, without gradient.
+
+        Scaled so that averaging gradients over ranks gives the gradient of the loss of the global batch.
+        """
+        loss, scalars, states = self.generative_loss(batch, seed)
+        if self.draft is None:
+            return loss, scalars
+        return self.draft.joint_loss(self, batch, seed, loss, scalars, states)
+
+    @property
+    def flexible_buffers(self) -> frozenset[str]:
+        """Buffers whose shape is the checkpoint's."""
+        return frozenset() if self.draft is None else frozenset(("draft.frozen_nW", "draft.trained_n"))
+
+
+class EncoderDrafter:
+    """Scores of all items by a model's own draft head; see `drafters.Drafter`.
+
+    The items' vectors are those of the weights at construction.
+
+    Raises:
+        UserError: the model has no head.
+    """
+
+    def __init__(self, model: DraftingModel) -> None:
+        if model.draft is None:
+            raise UserError(
+                "specgr.drafter: got 'encoder' and a model without a head to draft with, expected one trained with "
+                "draft_head.width > 0; or try specgr.drafter = 'semantic_knn'"
+            )
+        self.model, self.head = model, model.draft
+        self.item_ids_N = model.table.item_ids_N
+        self.items_NW = self.head.all_items(model, self.item_ids_N)
+
+    @torch.no_grad()
+    def scores(self, batch: SequenceBatch) -> Tensor:
+        """(B, V) float32, column = item id, -inf for ids without a semantic ID."""
+        return self.scores_of(self.model.history_states(batch))
+
+    @torch.no_grad()
+    def scores_of(self, states: HistoryStates) -> Tensor:
+        """The scores from states that are at hand."""
+        queries_BW = self.head(states)
+        size = int(self.item_ids_N[-1]) + 1
+        scores_BV = queries_BW.new_full((queries_BW.shape[0], size), -math.inf)
+        return scores_BV.index_copy_(1, self.item_ids_N, queries_BW @ self.items_NW.T)
+
+
+def lone_items(item_ids_n: Tensor, row_numbers_n: Tensor | None = None) -> SequenceBatch:
+    """Histories of one item each, at time 0 and of no user."""
+    zeros_n = torch.zeros_like(item_ids_n)
+    return SequenceBatch(
+        item_ids_T=item_ids_n,
+        ratings_T=zeros_n.float(),
+        timestamps_T=zeros_n,
+        next_item_ids_T=zeros_n,
+        next_timestamps_T=zeros_n,
+        offsets=torch.arange(len(item_ids_n) + 1, device=item_ids_n.device),
+        user_ids_B=zeros_n,
+        target_ids_B=zeros_n,
+        target_ratings_B=zeros_n.float(),
+        target_timestamps_B=zeros_n,
+        row_numbers_B=zeros_n if row_numbers_n is None else row_numbers_n,
+    )

@@ -1,0 +1,180 @@
+"""The head that drafts: pooled states, its two losses against plain loops, and that no state knows of a target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.distributed.runtime import Runtime
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.drafting import evaluate_drafts
+from generative_recommenders.generative.draft_head import (
+    DraftConfig,
+    DraftHead,
+    DraftingModel,
+    EncoderDrafter,
+    HistoryStates,
+    lone_items,
+)
+from generative_recommenders.generative.parallel_config import ParallelTigerConfig
+from generative_recommenders.generative.parallel_tiger import ParallelTiger
+from generative_recommenders.generative.sid_gr import SIDGR
+from generative_recommenders.generative.sid_gr_config import SIDGRConfig
+from generative_recommenders.generative.tokens import IdTable
+from tests.generative.beam_cases import batch_of
+from tests.generative.test_tiger import ITEMS, ids, tiger
+
+WIDTH = 6
+KINDS = ("tiger", "parallel_tiger", "sid_gr_all", "sid_gr_last")
+
+
+def model_of(kind: str, **bindings: float) -> DraftingModel:
+    torch.manual_seed(1)
+    table = IdTable(ids())
+    model: DraftingModel
+    if kind == "tiger":
+        model = tiger(table, user_tokens=0, dropout_rate=0.0)
+    elif kind == "parallel_tiger":
+        sizes = {"num_encoder_layers": 1, "num_decoder_layers": 1, "dim": 16, "num_heads": 2, "dkv": 8}
+        model = ParallelTiger(ParallelTigerConfig(**sizes, ffn_hidden_dim=24, dropout_rate=0.0), table)
+    else:
+        loss_on = kind.removeprefix("sid_gr_")
+        config = SIDGRConfig(dim=16, num_blocks=1, num_heads=2, dropout_rate=0.0, loss_on=loss_on)
+        model = SIDGR(config, table, 5)
+    model.draft = DraftHead(DraftConfig(**{"width": WIDTH, "loss_weight": 2.0} | bindings), 16)
+    return model
+
+
+def batch(targets: list[int]) -> SequenceBatch:
+    made = batch_of([1, 2, 3, 4], [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]])
+    return replace(made, target_ids_B=torch.tensor(targets))
+
+
+def vector_of(model: DraftingModel, history: list[int]) -> Tensor:
+    """One history alone, in plain steps."""
+    assert model.draft is not None
+    states = model.history_states(batch_of([1], [history]))
+    vector = model.draft.projection(states.states_SD.float().mean(0))
+    return vector / vector.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_means_of_a_histories_own_states(kind: str) -> None:
+    model = model_of(kind).eval()
+    assert model.draft is not None
+    found = model.draft(model.history_states(batch([11, 12, 13, 14])))
+    expected = torch.stack([vector_of(model, h) for h in ([1, 2, 3], [4], [5, 6], [7, 8, 9, 10])])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    items = model.draft.all_items(model, torch.tensor([3, 9]))
+    torch.testing.assert_close(items, torch.stack([vector_of(model, [3]), vector_of(model, [9])]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_history_without_tokens_has_no_direction() -> None:
+    head = DraftHead(DraftConfig(width=WIDTH), 16)
+    torch.nn.init.zeros_(head.projection.bias)
+    found = head(HistoryStates(torch.randn(2, 16), torch.tensor([0, 0, 2])))
+    assert found[0].eq(0).all() and found[1].norm().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_while_training_are_those_without_the_target(kind: str) -> None:
+    model = model_of(kind).eval()
+    for targets in ([11, 12, 13, 14], [15, 16, 17, 18]):
+        _, _, states = model.generative_loss(batch(targets), 0)
+        expected = model.history_states(batch(targets))
+        assert torch.equal(states.offsets, expected.offsets)
+        torch.testing.assert_close(states.states_SD, expected.states_SD, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("targets", [[11, 12, 13, 14], [11, 12, 11, ITEMS + 5]])
+def test_stage_one_contrasts_targets_of_other_rows(kind: str, targets: list[int]) -> None:
+    model = model_of(kind).eval()
+    assert model.draft is not None
+    plain, _, _ = model.generative_loss(batch(targets), 3)
+    loss, scalars = model(batch(targets), 3)
+    histories = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    rows = [row for row, target in enumerate(targets) if target <= ITEMS]
+    losses = []
+    for row in rows:
+        query = vector_of(model, histories[row])
+        others = [other for other in rows if other == row or targets[other] != targets[row]]
+        logits = torch.stack([query @ vector_of(model, [targets[other]]) for other in others]) / 0.07
+        losses.append(-(logits.log_softmax(0)[others.index(row)]))
+    draft = torch.stack(losses).mean()
+    torch.testing.assert_close(scalars["draft_loss"], draft, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, plain + 2.0 * draft, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scalars["ar_loss"], loss.detach(), atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.draft.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stage_two_is_the_cross_entropy_over_frozen_items(kind: str) -> None:
+    model = model_of(kind, finetune_loss_weight=3.0, generative_loss_weight=0.5).eval()
+    assert model.draft is not None
+    trained = torch.arange(1, 15)
+    frozen = torch.stack([vector_of(model, [item]) for item in trained.tolist()]).detach()
+    model.draft.begin_stage_two(model, trained)
+    torch.testing.assert_close(model.draft.frozen_nW, frozen, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    # Item 18 is none of the trained ones.
+    targets = [11, 3, 18, 14]
+    plain, _, _ = model.generative_loss(batch(targets), 3)
+    loss, scalars = model(batch(targets), 3)
+    expected = []
+    for history, target in zip([[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]], targets, strict=True):
+        if target != 18:
+            expected.append(-((frozen @ vector_of(model, history)) / 0.07).log_softmax(0)[target - 1])
+    # The mean is over targets with an ID, of which 18 is one.
+    draft = torch.stack(expected).sum() / 4
+    torch.testing.assert_close(scalars["draft_loss"], draft, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, 0.5 * plain + 3.0 * draft, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_either_stage_loads_into_a_new_model() -> None:
+    model = model_of("tiger")
+    assert model.draft is not None
+    for trained in (None, torch.arange(1, 9)):
+        if trained is not None:
+            model.draft.begin_stage_two(model, trained)
+        fresh = model_of("tiger")
+        fresh.load_state_dict(model.state_dict())
+        assert fresh.draft is not None
+        assert fresh.draft.in_stage_two == (trained is not None)
+        torch.testing.assert_close(fresh.draft.frozen_nW, model.draft.frozen_nW)
+
+
+def test_scores_are_products_of_vectors_and_unknown_ids_have_none() -> None:
+    model = model_of("tiger").eval()
+    drafter = EncoderDrafter(model)
+    asked = batch([11, 12, 13, 14])
+    scores_BV = drafter.scores(asked)
+    assert scores_BV.shape == (4, ITEMS + 1) and scores_BV[:, 0].isneginf().all()
+    expected = vector_of(model, [7, 8, 9, 10]) @ vector_of(model, [2])
+    assert scores_BV[3, 2].item() == pytest.approx(expected.item(), abs=1e-5)
+    own = scores_BV.gather(1, asked.target_ids_B[:, None])
+    ranks = (scores_BV >= own).sum(1)
+    metrics = evaluate_drafts(drafter, [asked, asked], Runtime(0, 1, torch.device("cpu")))
+    assert metrics["draft_hr@10"] == pytest.approx((ranks <= 10).double().mean().item())
+    assert metrics["draft_hr@50"] == 1.0
+
+
+def test_mistakes_are_told_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"draft_head.width > 0"):
+        EncoderDrafter(tiger(user_tokens=0))
+    with pytest.raises(UserError, match=r"draft_head.temperature: got 0.0, expected more than 0"):
+        DraftConfig(temperature=0.0)
+    with pytest.raises(UserError, match=r"draft_head.finetune_epochs: got 2, expected 0 without a head"):
+        DraftConfig(finetune_epochs=2)
+
+
+def test_lone_items_are_histories_of_one() -> None:
+    made = lone_items(torch.tensor([5, 3]))
+    assert made.size == 2 and made.lengths_B.tolist() == [1, 1] and made.item_ids_T.tolist() == [5, 3]
