@@ -6,6 +6,7 @@
     python preprocess_public_data.py --dataset=synthetic
     python preprocess_public_data.py --dataset=custom --raw=events.csv --user_column=customer --timestamp_column=time
     python preprocess_public_data.py --dataset=custom --raw=FOLDER   # sequential_data.txt or interactions.parquet
+    python preprocess_public_data.py --dataset=custom --raw=inter.json --semantic_ids=semantic_ids.json --name=toy
 
 Exit status: 0 all prepared (or already there), 2 with one line for every dataset that failed; 143 on SIGTERM, which
 leaves no half-written dataset behind.
@@ -19,8 +20,11 @@ import time
 from pathlib import Path
 
 from generative_recommenders.data import sources
+from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.preprocess import Prepared, prepare
 from generative_recommenders.errors import EXIT_USER_ERROR, UserError, one_line, run_cli, stop_on_sigterm
+from generative_recommenders.tokenizers.catalogue import publish
+from generative_recommenders.tokenizers.importers import IMPORTED, import_semantic_ids
 
 PUBLIC = ("ml-1m", "ml-20m", "amzn-books")
 
@@ -51,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     custom.add_argument("--items", type=Path, help="table of items: item column, titles and perhaps text, categories")
     custom.add_argument("--title_column", help="column of --items; default: title")
     custom.add_argument("--string_ids", action="store_true", help="take ids as text even where most are integers")
+    custom.add_argument(
+        "--semantic_ids",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="semantic IDs of another project, such as semantic_ids.json or item-sid-mapping.pt; they become the "
+        "dataset's semantic_ids/imported",
+    )
     synthetic = result.add_argument_group("synthetic data")
     synthetic.add_argument("--synthetic_users", type=int)
     synthetic.add_argument("--synthetic_items", type=int)
@@ -65,7 +77,7 @@ def main() -> int:
     options = vars(parser().parse_args())
     dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")
     name, csv, force = options.pop("name"), options.pop("csv"), options.pop("force")
-    shuffle_ties = options.pop("shuffle_ties")
+    shuffle_ties, semantic_ids = options.pop("shuffle_ties"), options.pop("semantic_ids")
     if dataset is None and (raw is not None or name is not None or options):
         raise UserError(
             "--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME"
@@ -86,12 +98,26 @@ def main() -> int:
                 shuffle_ties=shuffle_ties,
                 command=command,
             )
+            if semantic_ids is not None:
+                sys.stdout.write(import_for(done, semantic_ids) + "\n")
         except UserError as error:
             sys.stderr.write(f"error: {one_line(error)}\n")
             status = EXIT_USER_ERROR
         else:
             sys.stdout.write(summary(done, time.perf_counter() - started) + "\n")
     return status
+
+
+def import_for(done: Prepared, file: Path) -> str:
+    """Make the IDs of `file` the dataset's `semantic_ids/imported`; a line that says so."""
+    dataset = PreparedDataset.load(done.path.parent, done.path.name)
+    catalog = dataset.catalog
+    table = import_semantic_ids(
+        file, item_ids=catalog.item_ids, raw_ids=catalog.raw_ids, dataset_fingerprint=dataset.fingerprint
+    )
+    folder = done.path / "semantic_ids" / IMPORTED
+    publish(folder, table)
+    return f"{folder}: {table.summary()}"
 
 
 def summary(done: Prepared, elapsed: float) -> str:

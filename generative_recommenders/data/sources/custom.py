@@ -4,7 +4,8 @@ Raw ids may be integers or text; they become 1..n in sorted order (numerically w
 `raw_id` and `raw_user_id`. Times are seconds, or ISO 8601 dates, which are taken as UTC where they name no zone. An
 item table may add titles, texts, categories and items that nobody has rated.
 
-A folder of sequences whose ids are numbers already keeps them (`generative_recommenders.data.sequence_folder`).
+A folder of sequences whose ids are numbers already keeps them (`generative_recommenders.data.sequence_folder`); lists
+of items without times are read too (`generative_recommenders.data.item_lists`).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from generative_recommenders.data import sequence_csv, sequence_folder
+from generative_recommenders.data import item_lists, sequence_csv, sequence_folder
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source, item_text
@@ -81,15 +82,23 @@ class CustomSource(Source):
         return {**super().options, "items_sha256": hashlib.sha256(self.items.read_bytes()).hexdigest()}
 
     def chosen_files(self, raw: RawFiles) -> list[str]:
-        return sequence_folder.chosen_files(raw) if sequence_folder.is_sequence_folder(raw) else []
+        return (
+            sequence_folder.chosen_files(raw) if sequence_folder.is_sequence_folder(raw) else item_lists.names_of(raw)
+        )
 
     def read(self, raw: RawFiles | None) -> RawEvents:
         assert raw is not None
         if sequence_folder.is_sequence_folder(raw):
             return self._read_folder(raw)
+        if item_lists.names_of(raw):
+            return self._read_lists(raw)
         file = _TableFile(raw)
         if sequence_csv.ITEMS in file.names:
             return self._read_sequences(file)
+        if item_lists.SEQUENCE in file.names:
+            rows = file.read({self.user_column: _CODED_TEXT, item_lists.SEQUENCE: None})
+            rows = rows.rename_columns([item_lists.USER, item_lists.SEQUENCE])
+            return self._listed(item_lists.events_of_rows(rows, file.where), file.where)
         rating = self.rating_column or (_RATING if _RATING in file.names else None)
         kinds: dict[str, pa.DataType | None] = {
             self.user_column: _CODED_TEXT,
@@ -108,6 +117,22 @@ class CustomSource(Source):
                 f"--{given[0]}: got {getattr(self, given[0])}, but a folder of sequences has fixed names; leave it out"
             )
         return sequence_folder.read_sequence_folder(raw)
+
+    def _read_lists(self, raw: RawFiles) -> RawEvents:
+        lists = item_lists.read(raw)
+        events = self._listed(lists.events, lists.where)
+        if not lists.items or self.items is not None:
+            return events
+        catalogue = events.items
+        for name, column in item_lists.texts_of(lists.items, catalogue["raw_id"].combine_chunks()).items():
+            catalogue = catalogue.append_column(name, column)
+        return dataclasses.replace(events, items=catalogue)
+
+    def _listed(self, events: pa.Table, where: str) -> RawEvents:
+        """From events whose times are places in their lists."""
+        named = events.rename_columns([self.user_column, self.item_column, self.timestamp_column])
+        made = self._events(named, where, None)
+        return dataclasses.replace(made, facts={**made.facts, "timestamps": item_lists.NO_TIMES})
 
     def _read_sequences(self, file: "_TableFile") -> RawEvents:
         """The same from lists of events, a row a user."""
