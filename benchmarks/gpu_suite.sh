@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All GPU tests, all op benchmarks, the training throughput on MovieLens-1M and a step in the shape of MovieLens-20M, in
-# under nine minutes on one GPU.
+# All GPU tests, all op benchmarks, the training throughput on MovieLens-1M, a step in the shape of MovieLens-20M and
+# searches with wide beams, in under nine minutes on one GPU.
 #
 #     bash benchmarks/gpu_suite.sh
 #
@@ -162,6 +162,13 @@ ml_20m_step() {
     done
 }
 
+wide_beam() {
+    local effort=(--device "$DEVICE")
+    [ "$DEVICE" = cpu ] && effort+=(--quick)
+    part "beam search with 200 and 1,000 beams" 45 $END \
+        "$PYTHON" benchmarks/e2e/wide_beam.py "${effort[@]}" --results "$RESULTS"
+}
+
 training() {
     part "101 epochs" $TRAIN_LIMIT $((SECONDS + TRAIN_LIMIT)) "$PYTHON" main.py \
         --gin_config_file=configs/ml-1m/hstu-sampled-softmax-n128-large-final.gin \
@@ -190,6 +197,7 @@ suite() {
         dataset
         throughput
         ml_20m_step
+        wide_beam
         [ "${GPU_SUITE_TRAIN:-}" = 1 ] && training
     fi
     summary

@@ -23,6 +23,7 @@ from benchmarks.measuring import Row, Step, append, difference, elapsed, percent
 from benchmarks.ops.compile_report import benchmark_of
 from generative_recommenders.config import load
 from generative_recommenders.retrieval.assemble import Plan, build_model
+from tests.toy import write_toy_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKED = sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/ops/bench_*.py"))
@@ -356,7 +357,7 @@ def test_providers_agree_at_the_smallest_shape(op: str) -> None:
     assert benchmark.disagreement(steps, dtype) is None
 
 
-WHOLE = ["benchmarks/e2e/train_throughput.py"] * 2 + ["benchmarks/e2e/ml_20m_step.py"] * 2
+WHOLE = [f"benchmarks/e2e/{name}.py" for name in ("train_throughput",) * 2 + ("ml_20m_step",) * 2 + ("wide_beam",)]
 
 STAND_IN = """#!/usr/bin/env bash
 [ "$1" = -c ] && exit 0
@@ -408,6 +409,39 @@ def test_suite_takes_prepared_data_and_trains_when_asked(tmp_path: Path) -> None
         "main.py",
     ]
     assert all("train_fn.dataset_name = 'ml-1m'" in line for line in (*commands[2:4], commands[-1]))
+
+
+def test_wide_beams_run(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/e2e/wide_beam.py", "--quick", "--device=cpu", f"--results={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with (tmp_path / "wide_beam.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 and all(float(row["search_ms"]) > float(row["constraint_ms"]) > 0 for row in rows)
+
+
+def test_generative_decoding_is_held_against_the_same_lists(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    write_toy_dataset(tmp_path)
+    # Its configs are those of Beauty, so the toy data takes that name.
+    (tmp_path / "toy").rename(tmp_path / "amzn14-beauty")
+    metadata = tmp_path / "amzn14-beauty" / "dataset.json"
+    metadata.write_text(metadata.read_text().replace('"toy"', '"amzn14-beauty"'))
+    ids = ["--gin_config_file=configs/amzn14-beauty/rqkmeans.gin", "--gin_bindings=rq_kmeans.sizes = (4, 4, 4)"]
+    ids += ["--gin_bindings=train_tokenizer.encoder = 'hashed'", f"--data_dir={tmp_path}", "--device=cpu"]
+    subprocess.run([sys.executable, "main.py", *ids], cwd=ROOT, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "benchmarks/e2e/generative_decoding.py",
+        f"--data_dir={tmp_path}",
+        f"--results={tmp_path}",
+    ]
+    command += ["--batch=4", "--batches=1", "--baseline_batches=1", "--beams=5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "generative_decoding.csv").open(newline="") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    assert {"transformers", "tiger", "parallel_exact", "sid_gr_hstu", "sasrec"} <= rows.keys()
+    assert float(rows["transformers"]["times_faster_than_transformers"]) == 1.0
 
 
 def test_ml_20m_step_counts_and_times(tmp_path: Path) -> None:

@@ -54,6 +54,11 @@ class TableContext:
     def select(self, rows: Tensor) -> TableContext:
         return TableContext(self.users_B[rows])
 
+    def branch(self, rows: Tensor | None = None) -> TableContext:
+        if rows is None:
+            return TableContext(self.users_B, [*self.tokens])
+        return TableContext(self.users_B[rows], [tokens_BM[rows] for tokens_BM in self.tokens])
+
 
 class TableModel:
     """A model that looks the logits up by user and prefix; it finds its prefixes through the ancestors alone."""
