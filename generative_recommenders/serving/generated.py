@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,14 +12,24 @@ from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import ConfigError, Main, load
-from generative_recommenders.data.dataset import read_catalog
+from generative_recommenders.data.dataset import Catalog, read_catalog
+from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.users import USERS_FILE, read_users
-from generative_recommenders.generative.assemble import GenerativeRecommender, Plan, Searcher, build_model, build_trie
+from generative_recommenders.generative.assemble import (
+    GenerativeRecommender,
+    Plan,
+    Searcher,
+    build_model,
+    build_trie,
+    candidate_filter,
+)
+from generative_recommenders.generative.config import Candidates
+from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.serving.recommender import HistoryRecommender, Recommender, offsets_of
 from generative_recommenders.tokenizers.importers import level_names
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
-from generative_recommenders.training.generative import IDS_FOLDER
+from generative_recommenders.training.generative import IDS_FOLDER, UNSEEN_ITEMS
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,9 @@ class GeneratedRecommender(HistoryRecommender):
 
     model: GenerativeRecommender
     searcher: Searcher = field(kw_only=True)
+    # `train_generative.candidates`, and ids of the items that training had.
+    candidates: Candidates = field(default="all", kw_only=True)
+    trained_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), kw_only=True)
 
     @classmethod
     def from_checkpoint(
@@ -50,23 +64,51 @@ class GeneratedRecommender(HistoryRecommender):
         checkpoint.load_model(model, device)
         model.eval()
         e, place = plan.experiment, torch.device(device)
-        searcher = Searcher(model, build_trie(tables, place), plan.search, e.top_k, e.filter_history)
+        trie, catalog = build_trie(tables, place), read_catalog(checkpoint.path / "items.parquet")
+        trained_ids = _trained_ids(checkpoint, catalog, e.candidates)
+        allowed = candidate_filter(trie, tables, e.candidates, trained_ids)
         return cls(
             model=model,
-            catalog=read_catalog(checkpoint.path / "items.parquet"),
+            catalog=catalog,
             max_sequence_length=e.max_sequence_length,
             device=place,
             filter_history=e.filter_history,
             users=read_users(checkpoint.path / USERS_FILE),
-            searcher=searcher,
+            searcher=Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed),
+            candidates=e.candidates,
+            trained_ids=trained_ids,
         )
+
+    def with_ids(self, *tables: SemanticIds) -> GeneratedRecommender:
+        """A recommender of the same weights over later versions of its semantic IDs, which items were added to.
+
+        New items are listed from then on, and read in histories; removed ones are not listed. Both recommenders can go
+        on side by side. Titles of items that the checkpoint does not know are None.
+
+        Raises:
+            DataError: a table is no version that has grown from the model's.
+        """
+        fingerprints = self.model.table.fingerprints
+        if len(tables) != len(fingerprints):
+            raise DataError(f"semantic IDs: got {len(tables)} tables, expected {len(fingerprints)}, one a modality")
+        for table, fingerprint in zip(tables, fingerprints, strict=True):
+            table.check_fingerprint(fingerprint)
+        # The parameters are shared, the look-up of items is not.
+        model = copy.copy(self.model)
+        model._modules = dict(self.model._modules)
+        model.table = IdTable(*tables).to(self.device)
+        old = self.searcher
+        trie = build_trie(tables, self.device)
+        allowed = candidate_filter(trie, tables, self.candidates, self.trained_ids)
+        searcher = Searcher(model, trie, old.search, old.top_k, old.filter_history, allowed)
+        return replace(self, model=model, searcher=searcher, catalog=_grown(self.catalog, tables[0]))
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         batch = batch.to(self.device)
-        allowed = None
+        allowed = self.searcher.allowed
         if seen is not None:
-            rows_T = torch.arange(len(seen)).repeat_interleave(offsets_of(seen).diff())
-            allowed = self.searcher.trie.exclude(rows_T.to(self.device), torch.cat(seen).to(self.device), len(seen))
+            rows_T = torch.arange(len(seen)).repeat_interleave(offsets_of(seen).diff()).to(self.device)
+            allowed = self.searcher.trie.exclude(rows_T, torch.cat(seen).to(self.device), len(seen), allowed=allowed)
         result = self.searcher.search_for(batch, k, allowed)
         codes_BKL = result.codes_BKL.cpu()
         table = self._table(user_ids, result.items_BK.cpu(), result.scores_BK.cpu(), result.valid_BK.cpu())
@@ -76,6 +118,34 @@ class GeneratedRecommender(HistoryRecommender):
             for codes in codes_BKL[result.valid_BK.cpu()].tolist()
         ]
         return table
+
+
+def _grown(catalog: Catalog, table: SemanticIds) -> Catalog:
+    """The catalogue with the items of the table that it lacks; their raw ids are the table's."""
+    place_N = torch.searchsorted(catalog.item_ids, table.item_ids_N).clamp_max(len(catalog) - 1)
+    new_N = catalog.item_ids[place_N] != table.item_ids_N
+    if not bool(new_N.any()):
+        return catalog
+    ids = torch.cat([catalog.item_ids, table.item_ids_N[new_N]])
+    numbers = table.item_ids_N[new_N].tolist()
+    raw_ids = [str(n) for n in numbers] if table.raw_ids is None else table.raw_ids[new_N.numpy()].tolist()
+    every_raw, every_title = [*catalog.raw_ids, *raw_ids], [*catalog.titles, *[None] * len(raw_ids)]
+    order = ids.argsort().tolist()
+    return Catalog(ids[order], [every_raw[n] for n in order], [every_title[n] for n in order])
+
+
+def _trained_ids(checkpoint: Checkpoint, catalog: Catalog, candidates: Candidates) -> Tensor:
+    """Ids of the items that occur in the training of a checkpoint."""
+    unseen = checkpoint.facts.get(UNSEEN_ITEMS)
+    if isinstance(unseen, list):
+        ids = catalog.item_ids
+        return ids[~torch.isin(ids, torch.tensor(unseen, dtype=ids.dtype))]
+    if candidates == "all":
+        return catalog.item_ids
+    raise CheckpointError(
+        f"checkpoint {checkpoint.path}: does not note which items training lacks, expected it with "
+        f"train_generative.candidates = {candidates!r}; train again"
+    )
 
 
 def recommender_of(

@@ -18,9 +18,11 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
 from generative_recommenders.serving.export import export
-from generative_recommenders.serving.generated import recommender_of
+from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
 from generative_recommenders.serving.histories import Histories
-from generative_recommenders.tokenizers.catalogue import load_current, remove_items
+from generative_recommenders.tokenizers.catalogue import TOKENIZER, add_items, load_current, remove_items
+from generative_recommenders.tokenizers.quantizer import load_quantizer
+from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import CheckpointError
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.generative import GenerativeExperiment
@@ -233,6 +235,39 @@ def test_removed_items_are_never_listed_and_the_model_stays_good(make: Make) -> 
     after = make()
     lists = after.searcher(after.model())(next(iter(after.batches("test"))))
     assert not bool(torch.isin(lists.items_BK[lists.valid_BK], gone).any())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: str) -> None:
+    experiment = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", kind=kind)
+    _, run = experiment.train()
+    recommender = recommender_of(find_checkpoint(run))
+    assert isinstance(recommender, GeneratedRecommender)
+    (folder,) = experiment.id_folders
+    old = load_current(folder)
+    like = int(old.item_ids_N[2])
+    vectors = load_quantizer(folder / TOKENIZER).reconstruct(old.codes_of([like])[:, :2])
+    new = int(old.item_ids_N[-1]) + 5
+    add_items(folder, [new], vectors, raw_ids=["brand-new"])
+    grown = recommender.with_ids(load_current(folder))
+    asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[:3]], [None], [None])
+    everything = len(old) + 1
+    before, after = (r.recommend(asked, everything, filter_history=False) for r in (recommender, grown))
+    assert set(after["item_id"]) - set(before["item_id"]) == {"brand-new"}
+    # The codes of the item that it is like, but for the last, which tells the two apart.
+    ids = dict(zip(after["item_id"], after["semantic_id"], strict=True))
+    twin = experiment.dataset.catalog.raw_ids[2]
+    assert ids["brand-new"].split("><")[:2] == ids[twin].split("><")[:2] and ids["brand-new"] != ids[twin]
+    # Others keep their scores, and a history may hold the new item.
+    old_scores, new_scores = (t.set_index("item_id")["score"] for t in (before, after))
+    assert new_scores[old_scores.index].to_numpy() == pytest.approx(old_scores.to_numpy(), abs=1e-5)
+    with_new = Histories(["u"], [["brand-new"]], [None], [None])
+    assert len(grown.recommend(with_new, 3)) == 3
+    with pytest.raises(DataError, match="none of the items is known"):
+        recommender.recommend(with_new, 3)
+    other = SemanticIds.of(old.item_ids_N, old.codes_NL.flip(0).clone(), old.sizes)
+    with pytest.raises(DataError, match="pass the table the model was trained with"):
+        grown.with_ids(other)
 
 
 @pytest.mark.parametrize(
