@@ -7,6 +7,11 @@
     python preprocess_public_data.py --dataset=custom --raw=events.csv --user_column=customer --timestamp_column=time
     python preprocess_public_data.py --dataset=custom --raw=FOLDER   # sequential_data.txt or interactions.parquet
     python preprocess_public_data.py --dataset=custom --raw=inter.json --semantic_ids=semantic_ids.json --name=toy
+    python preprocess_public_data.py --dataset=amzn14-beauty --split=temporal [--cutoffs=0.85,0.9]  # or two days
+    python preprocess_public_data.py --dataset=amzn14-beauty --split=cold [--cold_share=0.02]  # the newest items
+
+The last two write explicit splits into `<dataset>-temporal/` and `<dataset>-cold-2/`, whose held-out events hold items
+that training does not show.
 
 Exit status: 0 all prepared (or already there), 2 with one line for every dataset that failed; 143 on SIGTERM, which
 leaves no half-written dataset behind.
@@ -18,13 +23,24 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from generative_recommenders.data import sources
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.preprocess import Prepared, prepare
+from generative_recommenders.data.temporal import (
+    COLD_SHARE,
+    CUTOFFS,
+    MAX_HISTORY,
+    SPLITS,
+    ColdSplit,
+    SplitRule,
+    TimeSplit,
+)
 from generative_recommenders.errors import EXIT_USER_ERROR, UserError, one_line, run_cli, stop_on_sigterm
 from generative_recommenders.tokenizers.catalogue import publish
 from generative_recommenders.tokenizers.importers import IMPORTED, import_semantic_ids
+from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 
 PUBLIC = ("ml-1m", "ml-20m", "amzn-books")
 
@@ -47,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SEED",
         help="events of one user at equal times in random order; default: the order of the source",
     )
+    splits = result.add_argument_group("explicit splits")
+    splits.add_argument("--split", choices=("temporal", "cold"), help="default: leave one out")
+    splits.add_argument(
+        "--cutoffs", help=f"temporal: shares of the events, or days, YYYY-MM-DD; default: {','.join(CUTOFFS)}"
+    )
+    splits.add_argument("--cold_share", type=float, help=f"cold: share of the items held out; default: {COLD_SHARE}")
+    splits.add_argument("--max_history", type=int, help=f"events before a held-out one; default: {MAX_HISTORY}")
     custom = result.add_argument_group("custom data")
     custom.add_argument("--user_column", help="default: user_id")
     custom.add_argument("--item_column", help="default: item_id")
@@ -78,7 +101,8 @@ def main() -> int:
     dataset, raw, data_dir = options.pop("dataset"), options.pop("raw"), options.pop("data_dir")
     name, csv, force = options.pop("name"), options.pop("csv"), options.pop("force")
     shuffle_ties, semantic_ids = options.pop("shuffle_ties"), options.pop("semantic_ids")
-    if dataset is None and (raw is not None or name is not None or options):
+    split = split_rule(options)
+    if dataset is None and (raw is not None or name is not None or options or split is not None):
         raise UserError(
             "--dataset: got none, expected one beside --raw, --name or a dataset's own options; add --dataset=NAME"
         )
@@ -96,6 +120,7 @@ def main() -> int:
                 csv=csv,
                 force=force,
                 shuffle_ties=shuffle_ties,
+                split=split,
                 command=command,
             )
             if semantic_ids is not None:
@@ -112,12 +137,44 @@ def import_for(done: Prepared, file: Path) -> str:
     """Make the IDs of `file` the dataset's `semantic_ids/imported`; a line that says so."""
     dataset = PreparedDataset.load(done.path.parent, done.path.name)
     catalog = dataset.catalog
+    # The file goes by the ids that items had before splits numbered them anew.
+    known_as = catalog.item_ids if catalog.source_item_ids is None else catalog.source_item_ids
     table = import_semantic_ids(
-        file, item_ids=catalog.item_ids, raw_ids=catalog.raw_ids, dataset_fingerprint=dataset.fingerprint
+        file, item_ids=known_as, raw_ids=catalog.raw_ids, dataset_fingerprint=dataset.fingerprint
     )
+    if catalog.source_item_ids is not None:
+        table = SemanticIds.of(
+            catalog.item_ids,
+            table.codes_NL[table.rows_of(known_as)],
+            table.sizes,
+            raw_ids=catalog.raw_ids,
+            policy=table.policy,
+            dataset_fingerprint=dataset.fingerprint,
+        )
     folder = done.path / "semantic_ids" / IMPORTED
     publish(folder, table)
     return f"{folder}: {table.summary()}"
+
+
+def split_rule(options: dict[str, Any]) -> SplitRule | None:
+    """The rule that the options ask for, None for leave-one-out; takes its options out of `options`.
+
+    Raises:
+        UserError: an option that the rule has no use for.
+    """
+    kind = options.pop("split", None)
+    given = {name: options.pop(name) for name in ("cutoffs", "cold_share", "max_history") if name in options}
+    used = {"temporal": ("cutoffs", "max_history"), "cold": ("cold_share", "max_history")}.get(kind, ())
+    for name, value in given.items():
+        if name not in used:
+            wanted = {"cutoffs": "--split=temporal", "cold_share": "--split=cold"}.get(name, "--split")
+            raise UserError(f"--{name}: got {value} without {wanted}, expected both; add it, or leave this out")
+    if kind is None:
+        return None
+    history = given.get("max_history", MAX_HISTORY)
+    if kind == "cold":
+        return ColdSplit(given.get("cold_share", COLD_SHARE), history)
+    return TimeSplit(tuple(given["cutoffs"].split(",")) if "cutoffs" in given else CUTOFFS, history)
 
 
 def summary(done: Prepared, elapsed: float) -> str:
@@ -125,10 +182,16 @@ def summary(done: Prepared, elapsed: float) -> str:
     if not done.written:
         return f"{done.path}: already prepared from the same files, nothing to do (--force prepares it again)"
     counts = done.metadata["counts"]
-    return (
+    line = (
         f"{done.path}: {counts['users']:,} users, {counts['items_rated']:,} rated of {counts['items_listed']:,} items, "
         f"{counts['events']:,} events in {elapsed:.1f} s"
     )
+    splits = done.metadata.get("splits")
+    if splits is None:
+        return line
+    rows = ", ".join(f"{split} {splits[split]['sequences']:,}" for split in SPLITS)
+    unseen = ", ".join(f"{splits[split]['sequences_ending_in_unseen_item']:,} of {split}" for split in SPLITS[1:])
+    return f"{line}; sequences: {rows}; of these end in an item that train lacks: {unseen}"
 
 
 if __name__ == "__main__":

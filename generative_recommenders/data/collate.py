@@ -12,6 +12,7 @@ events; ours are the most recent, so that the window stays contiguous. Draws are
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,13 @@ class Split:
     def num_skipped(self) -> int:
         """Users with too few events to have a history and a target here."""
         return self.num_rows - len(self)
+
+    def with_targets(self, wanted_V: Tensor) -> Split:
+        """The users whose target is an item that `wanted_V`, bool by item id, has."""
+        last_E = self.dataset.offsets[self.rows + 1] - self.ignore_last_n - 1
+        chosen = copy.copy(self)
+        object.__setattr__(chosen, "rows", self.rows[wanted_V[self.dataset.item_ids_E[last_E]]])
+        return chosen
 
     def spans(self, members: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the dataset, and of each the first event and the one after the target, (B,) each."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +23,27 @@ from torch import Tensor
 
 from generative_recommenders.data import sources
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.split_files import SOURCE_ITEM_ID
 
 _LISTS = ("item_ids", "ratings", "timestamps")
 EXPLICIT = "explicit"
 SPLIT_NAMES = ("train", "valid", "test")
+# Names that preprocess_public_data.py gives to datasets with explicit splits.
+_DERIVED = re.compile(r"(.+)-(temporal|cold)(?:-([0-9]+(?:\.[0-9]+)?))?")
 _AGAIN = "try preparing the dataset again with --force"
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What can be recommended: ids ascending, (X,), with raw ids and, where known, titles in the same order."""
+    """What can be recommended: ids ascending, (X,), with raw ids and, where known, titles in the same order.
+
+    Where splits were made by numbering items anew, `source_item_ids` (X,) are the ids of the dataset without splits.
+    """
 
     item_ids: Tensor
     raw_ids: list[str]
     titles: list[str | None]
+    source_item_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return self.item_ids.numel()
@@ -79,6 +87,27 @@ class PreparedDataset:
     def lengths_U(self) -> Tensor:
         return self.offsets.diff()
 
+    def trained_items(self, held_out: int = 2) -> Tensor:
+        """Which item ids occur in training events, bool (V,), V being the largest id and one.
+
+        Training events are those of the train rows; where the splits are not rows of their own, all but the last
+        `held_out` of each user.
+        """
+        trained_V = torch.zeros(self.catalog.max_item_id + 1, dtype=torch.bool)
+        if self.explicit:
+            first, last = self.split_rows["train"]
+            trained_V[self.item_ids_E[self.offsets[first] : self.offsets[last]]] = True
+            return trained_V
+        place_E = torch.arange(self.item_ids_E.numel())
+        ends_E = (self.offsets[1:] - held_out).repeat_interleave(self.lengths_U)
+        trained_V[self.item_ids_E[place_E < ends_E]] = True
+        return trained_V
+
+    def unseen_items(self, held_out: int = 2) -> Tensor:
+        """Ids of the catalogue's items that no training event has, int64, ascending; see `trained_items`."""
+        ids = self.catalog.item_ids
+        return ids[~self.trained_items(held_out)[ids]]
+
     @property
     def fingerprint(self) -> str:
         """Identifies what a model was trained on: name, counts, checksums of events and users, and explicit splits."""
@@ -121,9 +150,16 @@ def _require(folder: Path, files: Sequence[str], name: str, data_dir: str | Path
     if missing is None:
         return
     command = f"preprocess_public_data.py --dataset={name}"
-    if name == "merlin" or missing.name.startswith("sequences_"):
+    derived = _DERIVED.fullmatch(name)
+    if derived is not None and derived[1] in sources.names():
+        command = f"preprocess_public_data.py --dataset={derived[1]} --split={derived[2]}"
+        if derived[3] is not None:
+            command += f" --cold_share={float(derived[3]) / 100:g}"
+    elif name in sources.names():
+        pass
+    elif name == "merlin" or missing.name.startswith("sequences_"):
         command = f"preprocess_merlin_data.py --name={name}"
-    elif name not in sources.names():
+    else:
         nearest = difflib.get_close_matches(name.lower().replace("_", "-"), sources.names(), n=1)
         meant = f"did you mean {nearest[0]!r}? Else " if nearest else ""
         raise DataError(
@@ -225,12 +261,16 @@ def read_catalog(path: Path) -> Catalog:
     Raises:
         DataError: the file is missing, unreadable, lacks `item_id` or `raw_id`, or is not ascending in `item_id`.
     """
-    items = _read_columns(path, ("item_id", "raw_id"), ("title",))
+    items = _read_columns(path, ("item_id", "raw_id"), ("title", SOURCE_ITEM_ID))
     titles = items.column("title").to_pylist() if "title" in items.column_names else [None] * items.num_rows
     ids = _tensor(items.column("item_id").to_numpy(), torch.int64)
     if ids.numel() == 0 or int(ids[0]) < 1 or not bool((ids.diff() > 0).all()):
         raise DataError(f"{path}: item_id must be ascending, unique and at least 1; {_AGAIN}")
-    return Catalog(item_ids=ids, raw_ids=[str(x) for x in items.column("raw_id").to_pylist()], titles=titles)
+    source_ids = None
+    if SOURCE_ITEM_ID in items.column_names:
+        source_ids = _tensor(items.column(SOURCE_ITEM_ID).to_numpy(), torch.int64)
+    raw_ids = [str(x) for x in items.column("raw_id").to_pylist()]
+    return Catalog(item_ids=ids, raw_ids=raw_ids, titles=titles, source_item_ids=source_ids)
 
 
 def _check(

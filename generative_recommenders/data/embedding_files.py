@@ -10,6 +10,9 @@ Which item a row belongs to:
 Raw ids are those of items.parquet's `raw_id`: MovieLens movie ids, ASINs. A list of them may also be named explicitly.
 For embeddings in the order of MovieLens' movies.dat, that list is `cut -d: -f1 movies.dat`. Rows of items that the
 catalogue does not have are passed over, except in a bare `.npy`, whose rows nothing else identifies.
+
+Where items were numbered anew for explicit splits, `item_id` above is the `source_item_id` of items.parquet, so that a
+file made for the dataset without splits fits the one with them.
 """
 
 import logging
@@ -35,7 +38,7 @@ def read_embedding_file(
 
     Args:
         path: `.npy` or `.parquet`, see the module's docstring.
-        item_ids_N: int64, ascending.
+        item_ids_N: int64, distinct.
         raw_ids: N raw ids in the same order.
         keys: text file with a raw id a line, for an `.npy`; by default the one beside it, if it is there.
     Raises:
@@ -134,14 +137,14 @@ def _matrix(column: pa.ChunkedArray, where: str) -> np.ndarray:
 
 
 def _check_row_count(path: Path, rows: int, item_ids_N: np.ndarray) -> None:
-    if rows == int(item_ids_N[-1]):
+    largest = int(item_ids_N.max())
+    if rows == largest:
         return
     advice = "compute it for this dataset"
     if rows == len(item_ids_N):
         advice = f"list the raw ids of its rows, one a line, in {path.name.removesuffix('.npy')}{KEYS_SUFFIX} beside it"
     raise DataError(
-        f"{path}: got {rows:,} rows, expected {int(item_ids_N[-1]):,}, the largest item id (row k is item k + 1); "
-        f"{advice}"
+        f"{path}: got {rows:,} rows, expected {largest:,}, the largest item id (row k is item k + 1); {advice}"
     )
 
 

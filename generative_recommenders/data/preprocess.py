@@ -4,6 +4,9 @@ Events are grouped by user and ordered by time; equal times keep the order of th
 preprocessing orders them with an unstable sort, which leaves the order of ties to the NumPy version.) Grouping is one
 stable sort of a combined key, and the list columns are built from offsets and values: no loop over users.
 
+With a rule of `temporal`, or where the source's files hold splits, `sequences_{train,valid,test}.parquet` come in the
+place of `sequences.parquet`, and items are numbered anew (`split_files`).
+
 The folder appears whole or not at all (`folders.whole_folder`).
 """
 
@@ -24,6 +27,8 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import whole_folder
 from generative_recommenders.data.raw_files import RawFiles
 from generative_recommenders.data.sources import RawEvents, Source
+from generative_recommenders.data.split_files import DividedData, ordered_events
+from generative_recommenders.data.temporal import SPLITS, PublishedSplit, SplitRule
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +47,7 @@ SEQUENCES_SCHEMA = pa.schema(
 )
 """Columns that every sequences file has; users and further columns of events come after them."""
 SPLIT = "leave_one_out"
+EXPLICIT_SPLIT = "explicit"
 # Leave-one-out takes an event for test and one for valid; training needs at least one more.
 MIN_EVENTS = 3
 
@@ -64,6 +70,7 @@ def prepare(
     csv: bool = False,
     force: bool = False,
     shuffle_ties: int | None = None,
+    split: SplitRule | None = None,
     command: str = "",
 ) -> Prepared:
     """Read `source`, check it, and write `<data_dir>/<name>`.
@@ -72,16 +79,18 @@ def prepare(
 
     Args:
         raw: raw file or folder; None downloads into `data_dir`.
-        name: folder and dataset name; the source's by default.
+        name: folder and dataset name; by default the source's, with the suffix of `split`.
         csv: also write `sasrec_format.csv`.
         shuffle_ties: seed of a random order among a user's events of equal time, instead of the order of the source.
             That order can carry information: what a site lists together is rated together.
+        split: divides the events into rows of train, valid and test; None leaves one out, or takes the splits of the
+            files where they hold some.
         command: recorded in dataset.json.
     Raises:
         DataError: raw files are missing, damaged or not as expected, or the result cannot be written. The folder is
             then as it was before the call.
     """
-    name = name or source.name
+    name = name or source.name + (split.suffix if split is not None else "")
     if Path(name).name != name:
         raise DataError(f"--name: got {name!r}, expected a plain folder name; choose the place with --data_dir")
     folder = data_dir / name
@@ -91,6 +100,9 @@ def prepare(
     elif raw is not None:
         raise DataError(f"--raw: dataset {name!r} is generated and reads no file; leave --raw out")
     options = source.options if shuffle_ties is None else {**source.options, "shuffle_ties": shuffle_ties}
+    options = {**options, **(split.options if split is not None else {})}
+    if csv and split is not None:
+        raise DataError("--csv: got it with --split, expected one of them; the format has no place for splits")
     chosen = source.chosen_files(files) if files is not None else []
     current = None if force else _current(folder, options, files, chosen, csv)
     if current is not None:
@@ -101,10 +113,15 @@ def prepare(
         raise DataError(
             f"--shuffle_ties: {name} has no times ({events.facts['timestamps']}), hence no ties; leave it out"
         )
+    if "timestamps" in events.facts and split is not None:
+        raise DataError(f"--split: {name} has no times ({events.facts['timestamps']}), expected some; leave it out")
     items = events.items
     sequences = sequences_table(events, shuffle_ties)
     _check_events(name, events, sequences)
     counts = _counts(events, sequences)
+    divided = _divided(name, events, sequences, split, shuffle_ties, csv)
+    if divided is not None:
+        counts |= divided.counts()
     max_item_id = int(pc.max(items["item_id"]).as_py())
     _check_expected(name, source.expected_counts, {**counts, "max_item_id": max_item_id})
     short = counts["users_with_fewer_than_3_events"]
@@ -117,12 +134,13 @@ def prepare(
         "checksum": {member: f"sha256:{digest}" for member, digest in files.checksums.items()} if files else {},
         "options": options,
         "counts": counts,
-        "max_item_id": max_item_id,
-        "split": SPLIT,
+        "max_item_id": max_item_id if divided is None else items.num_rows,
+        "split": SPLIT if divided is None else EXPLICIT_SPLIT,
         "command": command,
+        **(divided.facts() if divided is not None else {}),
         **events.facts,
     }
-    _write(folder, sequences, items, metadata, source.csv_id_shift if csv else None)
+    _write(folder, sequences if divided is None else divided, items, metadata, source.csv_id_shift if csv else None)
     return Prepared(folder, metadata, written=True)
 
 
@@ -140,10 +158,7 @@ def user_order(user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
 
 def sequences_table(events: RawEvents, shuffle_ties: int | None = None) -> pa.Table:
     """One row a user, sorted by user id: `user_id`, list columns with the oldest event first, and the user columns."""
-    order = user_order(events.user_ids, events.timestamps)
-    if shuffle_ties is not None:
-        draws = np.random.default_rng(shuffle_ties).random(len(order))
-        order = order[np.lexsort((draws, events.timestamps[order], events.user_ids[order]))]
+    order = _event_order(events, shuffle_ties)
     users = events.user_ids[order]
     starts = np.flatnonzero(np.concatenate(([True], users[1:] != users[:-1])))
     user_ids = users[starts]
@@ -167,6 +182,28 @@ def sequences_table(events: RawEvents, shuffle_ties: int | None = None) -> pa.Ta
     return pa.table(columns)
 
 
+def _event_order(events: RawEvents, shuffle_ties: int | None) -> np.ndarray:
+    order = user_order(events.user_ids, events.timestamps)
+    if shuffle_ties is None:
+        return order
+    draws = np.random.default_rng(shuffle_ties).random(len(order))
+    return order[np.lexsort((draws, events.timestamps[order], events.user_ids[order]))]
+
+
+def _divided(
+    name: str, events: RawEvents, sequences: pa.Table, split: SplitRule | None, shuffle_ties: int | None, csv: bool
+) -> DividedData | None:
+    """The rows of explicit splits; None where one is left out."""
+    if events.splits is not None:
+        if split is not None or csv:
+            raise DataError(f"--{'csv' if csv else 'split'}: {name} has splits of its own; leave it out")
+        split = PublishedSplit(events.splits[_event_order(events, shuffle_ties)])
+    if split is None:
+        return None
+    ordered = ordered_events(sequences)
+    return DividedData.of(name, sequences, events.items, ordered, split.divide(ordered))
+
+
 def _current(
     folder: Path, options: Mapping[str, Any], files: RawFiles | None, chosen: list[str], csv: bool
 ) -> Mapping[str, Any] | None:
@@ -175,7 +212,9 @@ def _current(
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    wanted = [SEQUENCES_FILE, ITEMS_FILE, *([CSV_FILE] if csv else [])]
+    divided = metadata.get("split") == EXPLICIT_SPLIT
+    sequences = [f"sequences_{split}.parquet" for split in SPLITS] if divided else [SEQUENCES_FILE]
+    wanted = [*sequences, ITEMS_FILE, *([CSV_FILE] if csv else [])]
     same = metadata.get("version") == VERSION and metadata.get("options") == options
     if not same or not all((folder / file).is_file() for file in wanted):
         return None
@@ -259,10 +298,18 @@ def _csv_table(sequences: pa.Table, id_shift: int) -> pd.DataFrame:
 
 
 def _write(
-    folder: Path, sequences: pa.Table, items: pa.Table, metadata: Mapping[str, Any], csv_id_shift: int | None
+    folder: Path,
+    sequences: pa.Table | DividedData,
+    items: pa.Table,
+    metadata: Mapping[str, Any],
+    csv_id_shift: int | None,
 ) -> None:
     with whole_folder(folder) as partial:
-        pq.write_table(sequences, partial / SEQUENCES_FILE, compression="zstd")
+        if isinstance(sequences, DividedData):
+            items = sequences.items
+            sequences.write(partial)
+        else:
+            pq.write_table(sequences, partial / SEQUENCES_FILE, compression="zstd")
         pq.write_table(items, partial / ITEMS_FILE, compression="zstd")
         if csv_id_shift is not None:
             _csv_table(sequences, csv_id_shift).to_csv(partial / CSV_FILE, index_label="index")

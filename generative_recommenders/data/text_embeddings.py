@@ -37,6 +37,7 @@ from generative_recommenders.data.embedding_files import COLUMN, embedding_colum
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import write_failure
 from generative_recommenders.data.item_tables import with_item_table
+from generative_recommenders.data.split_files import SOURCE_ITEM_ID
 from generative_recommenders.data.text_encoders import TextEncoder, text_encoder
 from generative_recommenders.data.text_templates import item_texts, template_of, text_columns
 
@@ -144,7 +145,9 @@ def _ready_made(
     where = str(path or folder / "items.parquet")
     if path is not None:
         raw_ids = [str(raw_id) for raw_id in items["raw_id"].to_pylist()]
-        array = read_embedding_file(path, item_ids.numpy(), raw_ids, keys=keys)
+        # The file goes by the ids that items had before splits numbered them anew.
+        ids = items[SOURCE_ITEM_ID].to_numpy() if SOURCE_ITEM_ID in items.column_names else item_ids.numpy()
+        array = read_embedding_file(path, ids, raw_ids, keys=keys)
     else:
         array = embedding_column(items, where)
     values = torch.from_numpy(array)

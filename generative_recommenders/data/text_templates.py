@@ -8,7 +8,8 @@ with a missing field is left out together with the sign before it, so that an it
 `Title. Categories: a > b`. A field is missing where its column is absent, its cell is null, blank or an empty list.
 
 The templates of the public datasets follow TIGER (Rajput et al., NeurIPS 2023), which describes an item by title, brand
-and category. Unlike the published code, prices are not used, and a missing field leaves no empty label behind.
+and category; products of 2023 are described by title, features, categories and description, as in SpecGR (Ding et al.,
+2024). Unlike the published code, prices are not used, and a missing field leaves no empty label behind.
 """
 
 import re
@@ -22,9 +23,10 @@ from generative_recommenders.data.errors import DataError
 
 MOVIES = "{title}. Genres: {genres|categories}"
 PRODUCTS = "{title|textual_id}. Brand: {brand}. Categories: {categories: > }"
+TOLD_PRODUCTS = "{title}. {features: }. {categories}. {description: }"
 INVOICES = "{description}"
 # By the beginning of a dataset's name.
-TEMPLATES = {"ml-": MOVIES, "amzn": PRODUCTS, "online-retail": INVOICES}
+TEMPLATES = {"ml-": MOVIES, "amzn": PRODUCTS, "amazon23-": TOLD_PRODUCTS, "online-retail": INVOICES}
 
 _NOT_TEXT = ("item_id", "raw_id", "embedding")
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")

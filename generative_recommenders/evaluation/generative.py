@@ -6,8 +6,10 @@ target that is not in the list is a miss. Means are over all users of all ranks'
 
 Beside them: `valid`, the share of the places of all lists that hold an item; `duplicates`, the share of items that
 their list holds already; `coverage@10`, the share of the catalogue in anybody's first ten, or k where lists are
-shorter; `certified`, the share of lists proven to be the exact top-K under the model; and hr@10, ndcg@10 of users whose
-target occurs in training (`_warm`) and of those whose target does not (`_cold`).
+shorter; `certified`, the share of lists proven to be the exact top-K under the model, and of a beam search
+`certified@20`, the share that 20 beams at most were enough for, by the widths that there were; and the metrics of
+`slices` over users whose target occurs in training (`_warm`) and over those whose target does not (`_cold`). Of lists
+that SpecGR made: `acceptance`, the share of drafts that were accepted, and `rounds` a user.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import Runtime, all_gather_concat
 from generative_recommenders.evaluation.metrics import HR_AT, MAX_RANK, NDCG_AT, per_user_metrics
 from generative_recommenders.evaluation.retrieval import Evaluation
+from generative_recommenders.evaluation.slices import sliced_means
 from generative_recommenders.generative.beam_result import BeamResult
+from generative_recommenders.generative.specgr import SpecGRResult
 
-_SLICED = ("hr@10", "ndcg@10")
 _COVERED = 10
 Recommend = Callable[[SequenceBatch], BeamResult]
 
@@ -86,13 +89,20 @@ def evaluate_lists(
             targets_B = batch.target_ids_B
             item_B, id_B = list_ranks(result, targets_B, catalogue.codes_VL[targets_B])
             trained_B = catalogue.trained_V[targets_B].long()
-            rows.append(
-                torch.stack([item_B, id_B, result.valid_count_B, repeated(result), result.exact_B.long(), trained_B], 1)
-            )
+            columns = [
+                item_B,
+                id_B,
+                result.valid_count_B,
+                repeated(result),
+                result.exact_B.long(),
+                trained_B,
+                result.width_B,
+            ]
+            rows.append(torch.stack([*columns, *_speculation(result)], 1))
             # Places without a result hold item 0.
             shown_V[result.items_BK[:, :_COVERED].flatten()] = True
     model.train(was_training)
-    nobody = torch.empty(0, 6, dtype=torch.int64, device=runtime.device)
+    nobody = torch.empty(0, 10, dtype=torch.int64, device=runtime.device)
     table = all_gather_concat(torch.cat(rows) if rows else nobody).cpu()
     shown = all_gather_concat(shown_V[None].long()).any(0)
     shown[0] = False
@@ -100,11 +110,19 @@ def evaluate_lists(
     return Evaluation(metrics, table.shape[0], time.perf_counter() - started)
 
 
+def _speculation(result: BeamResult) -> tuple[Tensor, ...]:
+    """How many items were drafted and accepted, and in how many rounds, (B,) each; 0 of a beam search."""
+    if isinstance(result, SpecGRResult):
+        return result.drafted_B, result.accepted_B, result.rounds_B
+    return (torch.zeros_like(result.valid_count_B),) * 3
+
+
 def _means(table: Tensor, k: int) -> dict[str, float]:
     """Means over users of the columns that `evaluate_lists` gathers."""
     # The order of users depends on the ranks; sums of sorted values do not.
     order = torch.argsort((table[:, 0] * (MAX_RANK + 2) + table[:, 1]) * 2 + table[:, 5])
-    item_U, id_U, count_U, repeated_U, exact_U, trained_U = table[order].unbind(1)
+    item_U, id_U, count_U, repeated_U, exact_U, trained_U, width_U, *speculation = table[order].unbind(1)
+    drafted_U, accepted_U, rounds_U = speculation
     wanted = {f"hr@{n}" for n in HR_AT if n <= k} | {f"ndcg@{n}" for n in NDCG_AT if n <= k} | {"mrr"}
     item = {name: values for name, values in per_user_metrics(item_U).items() if name in wanted}
     ids = {name: values for name, values in per_user_metrics(id_U).items() if name in wanted}
@@ -112,9 +130,12 @@ def _means(table: Tensor, k: int) -> dict[str, float]:
     item["mrr"], ids["mrr"] = (torch.where(r <= k, v["mrr"], 0.0) for r, v in ((item_U, item), (id_U, ids)))
     means = {name: float(values.mean()) for name, values in item.items()}
     means |= {f"sid_{name}": float(values.mean()) for name, values in ids.items()}
-    means |= {f"{name}_warm": float(item[name][trained_U == 1].mean()) for name in _SLICED if name in item}
-    means |= {f"{name}_cold": float(item[name][trained_U == 0].mean()) for name in _SLICED if name in item}
-    total = max(int(count_U.sum()), 1)
+    means |= sliced_means(item, trained_U == 1)
+    total, drafted = max(int(count_U.sum()), 1), int(drafted_U.sum())
+    if drafted:
+        means |= {"acceptance": float(accepted_U.sum()) / drafted, "rounds": float(rounds_U.double().mean())}
+    for width in width_U[width_U > 0].unique().tolist():
+        means[f"certified@{width}"] = float(((exact_U == 1) & (width_U <= width)).double().mean())
     return means | {
         "valid": float(count_U.double().mean()) / k,
         "duplicates": float(repeated_U.sum()) / total,

@@ -2,7 +2,7 @@
 
 Ranks are counted block by block, nothing is sorted. Each rank of a distributed run ranks its share of the users; the
 ranks themselves are gathered, so every metric is computed once from all users and does not depend on the number of
-ranks.
+ranks. Where targets do not occur in training, the metrics of `slices` tell the two kinds of users apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import Runtime, all_gather_concat
-from generative_recommenders.evaluation.metrics import LABELS, mean_metrics, published_ranks
+from generative_recommenders.evaluation.metrics import LABELS, mean_metrics, per_user_metrics, published_ranks
+from generative_recommenders.evaluation.slices import sliced_means
 from generative_recommenders.indexing.exact import TopK
 from generative_recommenders.retrieval.model import RetrievalModel
 
@@ -51,18 +52,26 @@ def evaluate(
     *,
     filter_history: bool = True,
     max_rows: int | None = None,
+    trained_V: Tensor | None = None,
 ) -> Evaluation:
-    """Metrics over all users of all ranks' batches; `max_rows` bounds the queries scored at a time."""
+    """Metrics over all users of all ranks' batches.
+
+    Args:
+        max_rows: bounds the queries scored at a time.
+        trained_V: bool, whether item id i occurs in training; with it there are metrics of slices, if any target
+            does not.
+    """
     started = time.perf_counter()
     was_training = model.training
     model.eval()
     top_k = model.top_k(max_rows)
-    ranks, ratings = [], []
+    ranks, ratings, targets = [], [], []
     for batch in batches:
         if batch.size:
             batch = batch.to(runtime.device)
             ranks.append(rank_targets(model, top_k, batch, filter_history))
             ratings.append(batch.target_ratings_B)
+            targets.append(batch.target_ids_B)
     model.train(was_training)
     device = runtime.device
     ranks_U = all_gather_concat(torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64, device=device))
@@ -70,7 +79,18 @@ def evaluate(
     # The order of users depends on the ranks; sums of sorted values do not.
     order = torch.argsort(ranks_U * 64 + ratings_U.long(), stable=True)
     metrics = mean_metrics(ranks_U[order].cpu(), ratings_U[order].cpu())
+    if trained_V is not None:
+        targets_U = all_gather_concat(torch.cat(targets) if targets else ranks_U.new_empty(0))
+        metrics |= _slices(ranks_U.cpu(), trained_V.cpu()[targets_U.cpu()])
     return Evaluation(metrics, ranks_U.numel(), time.perf_counter() - started)
+
+
+def _slices(ranks_U: Tensor, trained_U: Tensor) -> dict[str, float]:
+    """Nothing where all targets occur in training."""
+    if bool(trained_U.all()):
+        return {}
+    order = torch.argsort(ranks_U)
+    return sliced_means(per_user_metrics(ranks_U[order]), trained_U[order])
 
 
 @torch.no_grad()

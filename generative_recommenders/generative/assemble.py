@@ -18,14 +18,17 @@ from generative_recommenders.data.windows import Windows
 from generative_recommenders.generative.beam import beam_search
 from generative_recommenders.generative.beam_config import BeamSearchConfig
 from generative_recommenders.generative.beam_result import BeamResult
-from generative_recommenders.generative.config import GenerativeConfig
+from generative_recommenders.generative.config import Candidates, GenerativeConfig
 from generative_recommenders.generative.decoding import GenerativeModel
-from generative_recommenders.generative.draft_head import DraftConfig, DraftHead
+from generative_recommenders.generative.draft_head import DraftConfig, DraftHead, EncoderDrafter
+from generative_recommenders.generative.drafters import Drafter
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.parallel_decoding import ParallelSearch, joint_ids
 from generative_recommenders.generative.parallel_tiger import ParallelTiger
 from generative_recommenders.generative.sid_gr import SIDGR
 from generative_recommenders.generative.sid_gr_config import SIDGRConfig
+from generative_recommenders.generative.specgr import SpecGR
+from generative_recommenders.generative.specgr_config import SpecGRConfig
 from generative_recommenders.generative.tiger import Tiger, TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.generative.trie import ItemFilter, Trie
@@ -50,6 +53,8 @@ class Plan:
     model: ModelConfig
     search: BeamSearchConfig
     draft: DraftConfig = field(default_factory=DraftConfig)
+    # None with `train_generative.search = "beam"`.
+    specgr: SpecGRConfig | None = None
 
     @classmethod
     def of(cls, config: Config) -> Plan:
@@ -72,7 +77,13 @@ class Plan:
                 f"draft_head.finetune_epochs: got {draft.finetune_epochs}, expected at most "
                 f"train_generative.num_epochs = {experiment.num_epochs}, which they are the last of"
             )
-        return cls(experiment, model, search, draft)
+        specgr = config.build(SpecGRConfig) if experiment.search == "specgr" else None
+        if specgr is not None and specgr.drafter == "encoder" and not draft.width:
+            raise ConfigError(
+                "specgr.drafter: got 'encoder' with draft_head.width = 0, expected a model that is trained to draft; "
+                "try draft_head.width = 64, or specgr.drafter = 'semantic_knn'"
+            )
+        return cls(experiment, model, search, draft, specgr)
 
     def model_bindings(self) -> dict[str, object]:
         """The bindings that decide what a trained model computes."""
@@ -177,25 +188,85 @@ def build_trie(tables: Sequence[SemanticIds], device: torch.device) -> Trie:
     return Trie.build(table.codes_NL, table.sizes, table.item_ids_N, table.active_N).to(device)
 
 
+def candidate_filter(
+    trie: Trie, tables: Sequence[SemanticIds], candidates: Candidates, trained_ids: Tensor
+) -> ItemFilter | None:
+    """The items that lists may hold by `train_generative.candidates`; None for all of them.
+
+    Args:
+        tables: what the trie was built of.
+        trained_ids: ids of items that occur in training; others, those added since among them, are unseen.
+    Raises:
+        ConfigError: there is no such item.
+    """
+    if candidates == "all":
+        return None
+    table = tables[0] if len(tables) == 1 else joint_ids(*tables)
+    inside_N = torch.isin(table.item_ids_N, trained_ids)
+    allowed = trie.allow(inside_N if candidates == "in_sample" else ~inside_N)
+    if not bool(allowed.items.any()):
+        raise ConfigError(
+            f"train_generative.candidates: got {candidates!r}, which no item of the catalogue is; try 'all', or a "
+            "dataset made with preprocess_public_data.py --split"
+        )
+    return allowed
+
+
 class Searcher:
-    """Lists of items from a model: `searcher(batch)` is a `BeamResult` of `top_k` places."""
+    """Lists of items from a model: `searcher(batch)` is a `BeamResult` of `top_k` places.
+
+    `allowed` are the items of all lists, None for those of the trie. With `specgr` it makes the lists.
+    """
 
     def __init__(
-        self, model: GenerativeRecommender, trie: Trie, search: BeamSearchConfig, top_k: int, filter_history: bool
+        self,
+        model: GenerativeRecommender,
+        trie: Trie,
+        search: BeamSearchConfig,
+        top_k: int,
+        filter_history: bool,
+        allowed: ItemFilter | None = None,
+        specgr: SpecGR[Any] | None = None,
     ) -> None:
-        self.model, self.trie, self.search = model, trie, search
-        self.top_k, self.filter_history = top_k, filter_history
+        self.model, self.trie, self.search, self.specgr = model, trie, search, specgr
+        self.top_k, self.filter_history, self.allowed = top_k, filter_history, allowed
         self.parallel = ParallelSearch(model, trie) if isinstance(model, ParallelTiger) else None
 
     def __call__(self, batch: SequenceBatch) -> BeamResult:
-        return self._search(batch, self.top_k, None, self.filter_history)
+        return self._search(batch, self.top_k, self.allowed, self.filter_history)
 
     def search_for(self, batch: SequenceBatch, k: int, allowed: ItemFilter | None) -> BeamResult:
-        """Lists of k places from the items of a filter, the histories' among them."""
-        return self._search(batch, k, allowed, False)
+        """Lists of k places from the items of a filter in place of `allowed`, the histories' among them."""
+        return self._search(batch, k, self.allowed if allowed is None else allowed, False)
 
     def _search(self, batch: SequenceBatch, k: int, allowed: ItemFilter | None, filter_history: bool) -> BeamResult:
+        if self.specgr is not None:
+            # Candidates that a configuration names are a subset to be ranked; a history that is left out is none.
+            subset = self.allowed is not None
+            return self.specgr(batch, k, allowed=allowed, exclude_history=filter_history, subset=subset)
         if self.parallel is not None:
             return self.parallel(batch, k, self.search, allowed=allowed, exclude_history=filter_history)
         model: GenerativeModel[Any] = self.model
         return beam_search(model, batch, self.trie, k, self.search, allowed=allowed, exclude_history=filter_history)
+
+
+def build_searcher(
+    plan: Plan,
+    model: GenerativeRecommender,
+    trie: Trie,
+    tables: Sequence[SemanticIds],
+    trained_ids: Tensor,
+    drafter: Drafter | None = None,
+) -> Searcher:
+    """The search that a plan names, over a trie of `tables`; `trained_ids` as of `candidate_filter`.
+
+    drafter: of SpecGR; None is the model's own.
+    """
+    e, specgr = plan.experiment, None
+    allowed = candidate_filter(trie, tables, e.candidates, trained_ids)
+    if plan.specgr is not None:
+        in_sample = candidate_filter(trie, tables, "in_sample", trained_ids)
+        assert in_sample is not None
+        verifier: GenerativeModel[Any] = model
+        specgr = SpecGR(verifier, trie, drafter or EncoderDrafter(model), plan.specgr, in_sample)
+    return Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed, specgr)

@@ -123,6 +123,12 @@ class BeamKV:
         self.keys.append(key_BMHK)
         self.values.append(value_BMHK)
 
+    def branch(self, rows: Tensor | None = None) -> BeamKV:
+        """The same rows in a store of its own, of the given requests or of all."""
+        if rows is None:
+            return BeamKV([*self.keys], [*self.values])
+        return BeamKV([key[rows] for key in self.keys], [value[rows] for value in self.values])
+
 
 def beam_attention(
     query_BMHK: Tensor,

@@ -13,11 +13,13 @@ from generative_recommenders.generative.beam_steps import Beams
 from generative_recommenders.generative.trie import ItemFilter, Trie
 
 
-def result_of(beams: Beams, trie: Trie, k: int, allowed: ItemFilter | None, divisor: float = 1.0) -> BeamResult:
+def result_of(
+    beams: Beams, trie: Trie, k: int, allowed: ItemFilter | None, divisor: float = 1.0, *, searched: bool = True
+) -> BeamResult:
     """The first `k` items of the leaves that `beams` ended at; scores are divided by `divisor`.
 
-    Prefixes of a search without a trie that are no item, or none that is allowed, are dropped here. A sample's items
-    are chosen by their noise and then ordered by score.
+    `searched` is False where every item was scored instead. Prefixes of a search without a trie that are no item, or
+    none that is allowed, are dropped here. A sample's items are chosen by their noise and then ordered by score.
     """
     choice_BM = beams.scores_BM if beams.noisy_BM is None else beams.noisy_BM
     order_BM = leaf_order(choice_BM.masked_fill(beams.states_BM < 0, -math.inf), beams.states_BM)
@@ -41,7 +43,13 @@ def result_of(beams: Beams, trie: Trie, k: int, allowed: ItemFilter | None, divi
         valid_BK.sum(1),
         gap_B < 0,
         gap_B,
+        torch.full_like(gap_B, _width(beams) if searched else 0, dtype=torch.int64),
     )
+
+
+def _width(beams: Beams) -> int:
+    """The widest level that the model was shown, which the last one is not."""
+    return max(codes_BM.shape[1] for codes_BM in beams.codes[:-1] or beams.codes)
 
 
 def leaf_order(scores_BM: Tensor, states_BM: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class BeamResult:
     gap_B: float32; the best score of a prefix that was given up minus the K-th score. The list is exact where it is
         below 0; else no missed item is better than the K-th by more than this. -inf: nothing was given up. inf: fewer
         than K were found though something was given up, or the list is a sample.
+    width_B: int64; prefixes that were kept at the widest level of the search that made the list. 0: it was no search.
     """
 
     items_BK: Tensor
@@ -33,6 +34,7 @@ class BeamResult:
     valid_count_B: Tensor
     exact_B: Tensor
     gap_B: Tensor
+    width_B: Tensor
 
     @property
     def valid_BK(self) -> Tensor:
@@ -44,7 +46,7 @@ class BeamResult:
         return BeamResult(
             *(
                 getattr(self, name).index_copy(0, rows, getattr(other, name))
-                for name in ("items_BK", "codes_BKL", "scores_BK", "valid_count_B", "exact_B", "gap_B")
+                for name in ("items_BK", "codes_BKL", "scores_BK", "valid_count_B", "exact_B", "gap_B", "width_B")
             )
         )
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from generative_recommenders.config import configurable
 
+Candidates = Literal["all", "unseen", "in_sample"]
 _POSITIVE = (
     "max_sequence_length local_batch_size accumulation_steps eval_batch_size eval_interval full_eval_every_n "
     "partial_eval_num_iters save_ckpt_every_n top_k"
@@ -38,7 +39,10 @@ class GenerativeConfig:
     Evaluation: eval_split, early_stopping_patience, early_stopping_metric (item level; "sid_…" is SID level),
     eval_batch_size, full_eval_every_n, partial_eval_num_iters, top_k (results a user; the search's widths are
     `beam_search.widths`), filter_history (items of the window are not returned; the published numbers of generative
-    models are without). num_workers: threads that collate ahead.
+    models are without), candidates ("all" items are listed, or only those "unseen" in training events, or only those
+    that are "in_sample"; chosen anew at every evaluation), search ("beam": the search of the model, bindings
+    `beam_search.*`; "specgr": drafts that the model verifies, bindings `specgr.*`).
+    num_workers: threads that collate ahead.
 
     Checkpoints: save_ckpt_every_n, checkpoint_every_n_steps, resume.
     """
@@ -68,6 +72,8 @@ class GenerativeConfig:
     partial_eval_num_iters: int = 16
     top_k: int = 50
     filter_history: bool = False
+    candidates: Candidates = "all"
+    search: Literal["beam", "specgr"] = "beam"
     num_workers: int = 0
     save_ckpt_every_n: int = 1000
     checkpoint_every_n_steps: int = 0

@@ -26,6 +26,13 @@ class Context(Protocol):
         """
         ...
 
+    def branch(self: C, rows: Tensor | None = None) -> C:
+        """The context with what is stored so far, of the given requests or of all; what either stores next is its own.
+
+        Of all requests it costs nothing, as both share the tensors.
+        """
+        ...
+
 
 class GenerativeModel(Protocol[C]):
     """A model of p(code at level l | history, codes before); all levels have a vocabulary of their own."""

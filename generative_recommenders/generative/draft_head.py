@@ -4,13 +4,14 @@
 
 SpecGR++ of "Inductive Generative Recommendation via Retrieval-based Speculation" (arXiv 2410.02939): an item is encoded
 as a history of nothing but itself, so items that no training event has are scored like any other. Training adds to the
-generative loss, stage one, the contrast of each history's target with the targets of the other rows, and stage two the
+generative loss, stage one, the contrast of each history's target with the other targets of the batch, and stage two the
 cross-entropy over all trained items, whose vectors are frozen when it begins.
 
-Differences from the public code: a row's target that another row has too is no negative of it (there its logit becomes
-0), and both stages keep the generative loss.
+Differences from the public code: the batch's targets are compared with once each (there an item that is the target of
+several rows is, for each of them, so many further columns with the logit 0), both stages keep the generative loss, and
+a decoder-only model learns from every item of a sequence that carries loss.
 
-Letters: W width of a vector, N items with an ID, n trained items.
+Letters: W width of a vector, N items with an ID, n samples, U distinct targets.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from generative_recommenders.distributed.runtime import (
     all_gather_concat,
     all_reduce_sum,
     gathered_rows,
-    rows_before,
     world_size,
 )
 from generative_recommenders.errors import UserError
@@ -89,10 +89,25 @@ class DraftConfig:
 
 
 class HistoryStates(NamedTuple):
-    """Encoder states of the tokens of histories, (S, D), and their offsets (B + 1,); no token knows of a target."""
+    """States of the tokens of histories, (S, D), and their offsets (B + 1,); no token knows of a target.
+
+    An encoder gives those of all tokens, a decoder-only model the one that predicts the next item.
+    """
 
     states_SD: Tensor
     offsets: Tensor
+
+    @classmethod
+    def one_a_row(cls, states_BD: Tensor) -> HistoryStates:
+        return cls(states_BD, torch.arange(states_BD.shape[0] + 1, device=states_BD.device))
+
+
+@dataclass(frozen=True)
+class DraftSamples:
+    """What a training batch teaches a drafter: n histories and the items that followed them, int64 (n,)."""
+
+    states: HistoryStates
+    target_ids_n: Tensor
 
 
 class DraftHead(nn.Module):
@@ -156,55 +171,54 @@ class DraftHead(nn.Module):
     def joint_loss(
         self,
         model: DraftingModel,
-        batch: SequenceBatch,
         seed: int,
         loss: Tensor,
         scalars: dict[str, Tensor],
-        states: HistoryStates,
+        samples: DraftSamples,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The generative loss of this rank's rows and the drafter's, weighted; `draft_loss` joins the scalars.
 
-        Both are means over the global batch's targets that have an ID.
+        The drafter's is the mean over the global batch's samples whose target has an ID.
         """
-        queries_BW = self(states)
-        learned_B = model.table.rows_of(batch.target_ids_B) >= 0
+        learned_n = model.table.rows_of(samples.target_ids_n) >= 0
+        # A target without an ID stands for any item with one, and carries no loss.
+        targets_n = torch.where(learned_n, samples.target_ids_n, model.table.item_ids_N[0])
+        queries_nW = self(samples.states)
         if self.in_stage_two:
-            weight, losses_B = self.config.finetune_loss_weight, self._over_frozen(queries_BW, batch, learned_B)
+            weight, losses_n = self.config.finetune_loss_weight, self._over_frozen(queries_nW, targets_n)
         else:
-            weight, losses_B = self.config.loss_weight, self._contrast(model, queries_BW, batch, learned_B, seed)
-        total = all_reduce_sum(learned_B.sum().float()).clamp(min=1.0)
-        draft = losses_B.sum() / total * world_size()
+            weight, losses_n = self.config.loss_weight, self._contrast(model, queries_nW, targets_n, learned_n, seed)
+        total = all_reduce_sum(learned_n.sum().float()).clamp(min=1.0)
+        draft = torch.where(learned_n, losses_n, 0.0).sum() / total * world_size()
         joint = self.config.generative_loss_weight * loss + weight * draft
         reported = all_reduce_sum(draft.detach()) / world_size()
         main = self.config.generative_loss_weight * scalars["ar_loss"] + weight * reported
         return joint, scalars | {"draft_loss": reported, "ar_loss": main}
 
     def _contrast(
-        self, model: DraftingModel, queries_BW: Tensor, batch: SequenceBatch, learned_B: Tensor, seed: int
+        self, model: DraftingModel, queries_nW: Tensor, targets_n: Tensor, learned_n: Tensor, seed: int
     ) -> Tensor:
-        """Cross-entropy of each row's target among the targets of all ranks' rows, (B,); 0 of one without an ID."""
-        targets_B = batch.target_ids_B
-        known_B = torch.where(learned_B, targets_B, model.table.item_ids_N[0])
-        own_BW = self.items(model, known_B, fold(seed, _ITEM_SEED), batch.row_numbers_B)
-        # Targets without an ID are nobody's negatives.
-        ids_B = torch.where(learned_B, targets_B, -1)
-        ids_X, items_XW, first = ids_B, own_BW, 0
-        if world_size() > 1:
-            ids_X, items_XW, first = all_gather_concat(ids_B), gathered_rows(own_BW), rows_before(own_BW)
-        logits_BX = queries_BW @ items_XW.T / self.config.temperature
-        places_B = first + torch.arange(len(ids_B), device=ids_B.device)
-        own_BX = places_B[:, None] == torch.arange(len(ids_X), device=ids_B.device)
-        hidden_BX = ((ids_X == ids_B[:, None]) | (ids_X < 0)) & ~own_BX
-        losses_B = F.cross_entropy(logits_BX.masked_fill(hidden_BX, -math.inf), places_B, reduction="none")
-        return torch.where(learned_B, losses_B, 0.0)
+        """Cross-entropy of each target among the distinct targets of all ranks' samples, (n,)."""
+        own_ids = torch.unique(targets_n[learned_n])
+        # Keyed by the item, so that an item has one vector a step, whichever ranks it is a target on.
+        vectors = self.items(model, own_ids, fold(seed, _ITEM_SEED), own_ids)
+        ids_X, items_XW = all_gather_concat(own_ids), gathered_rows(vectors)
+        distinct_U, place_X = torch.unique(ids_X, return_inverse=True)
+        columns_X = torch.arange(len(ids_X), device=ids_X.device)
+        first_U = columns_X.new_full(distinct_U.shape, len(ids_X)).scatter_reduce(0, place_X, columns_X, "amin")
+        if not len(distinct_U):
+            return 0.0 * (queries_nW.sum(1) + vectors.sum())
+        logits_nU = queries_nW @ items_XW[first_U].T / self.config.temperature
+        label_n = torch.searchsorted(distinct_U, targets_n).clamp_max(len(distinct_U) - 1)
+        return F.cross_entropy(logits_nU, label_n, reduction="none")
 
-    def _over_frozen(self, queries_BW: Tensor, batch: SequenceBatch, learned_B: Tensor) -> Tensor:
-        """Cross-entropy of each row's target among all trained items, (B,); 0 of a target that is none of them."""
-        place_B = torch.searchsorted(self.trained_n, batch.target_ids_B).clamp_max(len(self.trained_n) - 1)
-        learned_B = learned_B & (self.trained_n[place_B] == batch.target_ids_B)
-        logits_Bn = queries_BW @ self.frozen_nW.T / self.config.temperature
-        losses_B: Tensor = F.cross_entropy(logits_Bn, torch.where(learned_B, place_B, -100), reduction="none")
-        return losses_B
+    def _over_frozen(self, queries_nW: Tensor, targets_n: Tensor) -> Tensor:
+        """Cross-entropy of each target among all trained items, (n,); 0 of a target that is none of them."""
+        place_n = torch.searchsorted(self.trained_n, targets_n).clamp_max(len(self.trained_n) - 1)
+        label_n = torch.where(self.trained_n[place_n] == targets_n, place_n, -100)
+        logits_nn = queries_nW @ self.frozen_nW.T / self.config.temperature
+        losses_n: Tensor = F.cross_entropy(logits_nn, label_n, reduction="none")
+        return losses_n
 
 
 class DraftingModel(nn.Module):
@@ -217,8 +231,8 @@ class DraftingModel(nn.Module):
         self.draft: DraftHead | None = None
 
     @abstractmethod
-    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
-        """This rank's part of the global mean loss, global scalars by name, and states of the histories."""
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], DraftSamples]:
+        """This rank's part of the global mean loss, global scalars by name, and what a drafter learns from."""
 
     @abstractmethod
     def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
@@ -229,10 +243,10 @@ class DraftingModel(nn.Module):
 
         Scaled so that averaging gradients over ranks gives the gradient of the loss of the global batch.
         """
-        loss, scalars, states = self.generative_loss(batch, seed)
+        loss, scalars, samples = self.generative_loss(batch, seed)
         if self.draft is None:
             return loss, scalars
-        return self.draft.joint_loss(self, batch, seed, loss, scalars, states)
+        return self.draft.joint_loss(self, seed, loss, scalars, samples)
 
     @property
     def flexible_buffers(self) -> frozenset[str]:

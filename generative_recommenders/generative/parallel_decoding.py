@@ -74,6 +74,11 @@ class ForcedContext:
     def select(self, rows: Tensor) -> ForcedContext:
         return ForcedContext(_rows_of(self.memory, rows))
 
+    def branch(self, rows: Tensor | None = None) -> ForcedContext:
+        if rows is None:
+            return ForcedContext(self.memory, [*self.codes])
+        return ForcedContext(_rows_of(self.memory, rows), [codes_BM[rows] for codes_BM in self.codes])
+
 
 class LeftToRight:
     """The conditionals p(c_l | history, codes before) of a Parallel TIGER, as a search over IDs asks for them."""
@@ -205,7 +210,8 @@ class ParallelSearch:
             self.ranking = LeafRanking(self.trie, self.model.table.modalities, merge)
         keys_B1 = request_keys(batch, config.seed) if config.stochastic else None
         ranked = self.ranking(log_probs, wanted, allowed, keys_B1)
-        result = result_of(self._beams(ranked), self.trie, wanted, allowed, config.divisor(len(logits)))
+        divisor = config.divisor(len(logits))
+        result = result_of(self._beams(ranked), self.trie, wanted, allowed, divisor, searched=False)
         if wanted > k:
             result = _without_history(result, batch, k)
         if config.verify:
@@ -257,4 +263,5 @@ def _without_history(result: BeamResult, batch: SequenceBatch, k: int) -> BeamRe
         (~gone_BK).sum(1),
         result.exact_B,
         result.gap_B,
+        result.width_B,
     )

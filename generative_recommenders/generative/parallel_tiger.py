@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
-from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
+from generative_recommenders.generative.draft_head import DraftingModel, DraftSamples, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.t5 import Decoder, Encoder, Memory
@@ -44,6 +44,9 @@ class LevelContext:
 
     def select(self, rows: Tensor) -> LevelContext:
         return LevelContext(tuple(logits_BC[rows] for logits_BC in self.logits))
+
+    def branch(self, rows: Tensor | None = None) -> LevelContext:
+        return self if rows is None else self.select(rows)
 
 
 class ParallelTiger(DraftingModel):
@@ -87,7 +90,7 @@ class ParallelTiger(DraftingModel):
         memory = self.encode(self.table.known_only(batch), seed)
         return HistoryStates(memory.states_SD, memory.rectangles.offsets)
 
-    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], DraftSamples]:
         """`tokens` counts the codes that were predicted; see `DraftingModel`."""
         batch = self.table.known_only(batch)
         codes_BL = self.table.codes_of_items(batch.target_ids_B)
@@ -112,7 +115,8 @@ class ParallelTiger(DraftingModel):
         sums_L = all_reduce_sum(losses_BL.detach().sum(0))
         for level, value in enumerate((sums_L / counts_L.clamp(min=1.0)).unbind()):
             scalars[f"level_{level + 1}_loss"] = value
-        return loss, scalars, HistoryStates(memory.states_SD, memory.rectangles.offsets)
+        states = HistoryStates(memory.states_SD, memory.rectangles.offsets)
+        return loss, scalars, DraftSamples(states, batch.target_ids_B)
 
     def hidden_positions(self, batch: SequenceBatch, seed: int) -> Tensor:
         """Which positions are predicted, bool (B, n), a function of (seed, row number): 1 to n of them, any alike.
@@ -174,7 +178,10 @@ class ParallelTiger(DraftingModel):
 
     def level_logits(self, batch: SequenceBatch) -> list[Tensor]:
         """Logits of every position given the history alone, (B, C_l) each."""
-        states_BLD = self.states(self.encode(self.table.known_only(batch)))
+        return self._level_logits(self.encode(self.table.known_only(batch)))
+
+    def _level_logits(self, memory: Memory) -> list[Tensor]:
+        states_BLD = self.states(memory)
         return [self.heads.logits(level, states_BLD[:, level]) for level in range(len(self.sizes))]
 
     def conditional_logits(self, batch: SequenceBatch, codes_BL: Tensor, given_BL: Tensor) -> list[Tensor]:
@@ -189,6 +196,12 @@ class ParallelTiger(DraftingModel):
     def begin(self, batch: SequenceBatch) -> LevelContext:
         """The one pass; see `decoding.GenerativeModel`."""
         return LevelContext(tuple(self.level_logits(batch)))
+
+    def begin_with_states(self, batch: SequenceBatch) -> tuple[LevelContext, HistoryStates]:
+        """`begin` and `history_states` of one pass of the encoder."""
+        memory = self.encode(self.table.known_only(batch))
+        states = HistoryStates(memory.states_SD, memory.rectangles.offsets)
+        return LevelContext(tuple(self._level_logits(memory))), states
 
     def logits(
         self, context: LevelContext, level: int, tokens_BM: Tensor | None, ancestors: Sequence[Tensor]

@@ -107,4 +107,4 @@ def exhaustive(
         tuple(codes_BML.unbind(-1)),
         (own_BM,) * len(trie.sizes),
     )
-    return result_of(beams, trie, k, allowed, config.divisor(len(trie.sizes)))
+    return result_of(beams, trie, k, allowed, config.divisor(len(trie.sizes)), searched=False)

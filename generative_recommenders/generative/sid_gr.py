@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
-from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
+from generative_recommenders.generative.draft_head import DraftingModel, DraftSamples, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.sid_gr_backbones import DecoderStack, Memory
 from generative_recommenders.generative.sid_gr_config import SIDGRConfig
 from generative_recommenders.generative.sid_gr_tokens import FlatTokens, flatten, longest_row
 from generative_recommenders.generative.tokens import IdTable, TokenEmbedding
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
-from ops import jagged
 
 # Tuples of all requests that teacher forcing holds at a time.
 _TUPLES_AT_A_TIME = 8192
@@ -46,6 +45,10 @@ class SIDGRContext:
 
     def select(self, rows: Tensor) -> SIDGRContext:
         return SIDGRContext(self.memory.select(rows), self.places_B[rows], self.unknown)
+
+    def branch(self, rows: Tensor | None = None) -> SIDGRContext:
+        places_B = self.places_B if rows is None else self.places_B[rows]
+        return SIDGRContext(self.memory.branch(rows), places_B, self.unknown)
 
 
 class SIDGR(DraftingModel):
@@ -76,12 +79,12 @@ class SIDGR(DraftingModel):
         self.heads = CodeHeads(table.sizes, config.dim, shared=config.shared_heads)
 
     def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
-        """Of the tokens up to the BOS of the item to predict; see `DraftingModel`."""
+        """Of the BOS of the item to predict, which has seen all of the history; see `DraftingModel`."""
         flat = self._flat(batch, with_target=False)
         draws = None if seed is None else Draws.of(flat.rows, seed)
-        return HistoryStates(self._states(flat, draws), flat.rows.offsets)
+        return HistoryStates.one_a_row(self._states(flat, draws)[flat.rows.offsets[1:] - 1])
 
-    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], DraftSamples]:
         """The mean a code; see `DraftingModel`.
 
         `tokens` counts the codes that were learned, `unknown_items` events and targets that have no ID.
@@ -104,14 +107,9 @@ class SIDGR(DraftingModel):
         items = total / len(self.sizes)
         for level, level_loss in enumerate(all_reduce_sum(losses_nL.detach().sum(0)).unbind()):
             scalars[f"level_{level + 1}_loss"] = level_loss / items
-        return loss, scalars, self._before_targets(flat, states_SD)
-
-    def _before_targets(self, flat: FlatTokens, states_SD: Tensor) -> HistoryStates:
-        """Without the codes of the targets, which end every row while training."""
-        lengths_B = flat.rows.offsets.diff() - (len(self.sizes) - 1)
-        places_S = flat.rows.positions_T()
-        kept_S = (places_S < lengths_B[flat.rows.rows_T()]).nonzero()[:, 0]
-        return HistoryStates(states_SD[kept_S], jagged.lengths_to_offsets(lengths_B))
+        asked_n = flat.loss_nL[:, 0]
+        states = HistoryStates.one_a_row(states_SD[asked_n])
+        return loss, scalars, DraftSamples(states, flat.rows.item_ids_T[asked_n])
 
     @torch.no_grad()
     def begin(self, batch: SequenceBatch) -> SIDGRContext:
@@ -120,6 +118,12 @@ class SIDGR(DraftingModel):
         with self._autocast(flat.rows):
             memory = self.backbone.prefill(self._embedded(flat), flat.rows)
         return SIDGRContext(memory, flat.open_places_B, flat.unknown)
+
+    @torch.no_grad()
+    def begin_with_states(self, batch: SequenceBatch) -> tuple[SIDGRContext, HistoryStates]:
+        """`begin` and `history_states` of one pass."""
+        context = self.begin(batch)
+        return context, HistoryStates.one_a_row(self.output_norm(context.memory.states_BD.float()))
 
     @torch.no_grad()
     def logits(

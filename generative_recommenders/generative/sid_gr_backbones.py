@@ -73,6 +73,12 @@ class Memory:
         layers = tuple(layer.select(rows) for layer in self.layers)
         return Memory(self.states_BD[rows], self.places.select(rows), layers)
 
+    def branch(self, rows: Tensor | None = None) -> Memory:
+        """See `decoding.Context`."""
+        found = Memory(self.states_BD, self.places, self.layers) if rows is None else self.select(rows)
+        found.beams = tuple(stored.branch(rows) for stored in self.beams)
+        return found
+
 
 class SoftmaxDecoding(nn.Module, ABC):
     """Prefill and steps of a softmax layer that is given in three parts."""

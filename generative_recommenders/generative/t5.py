@@ -272,6 +272,11 @@ class DecoderState:
         ]
         return DecoderState(tuple(contexts), tuple(BeamKV() for _ in self.stored))
 
+    def branch(self, rows: Tensor | None = None) -> DecoderState:
+        """See `decoding.Context`."""
+        contexts = self.contexts if rows is None else self.select(rows).contexts
+        return DecoderState(contexts, tuple(stored.branch(rows) for stored in self.stored))
+
 
 def _of_layers(joint: ContextKV, layers: int) -> tuple[ContextKV, ...]:
     """Cut a context whose heads are those of all layers, one layer's after the other's."""

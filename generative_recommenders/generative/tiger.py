@@ -23,7 +23,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import configurable
 from generative_recommenders.distributed.runtime import all_reduce_sum, world_size
 from generative_recommenders.errors import UserError
-from generative_recommenders.generative.draft_head import DraftingModel, HistoryStates
+from generative_recommenders.generative.draft_head import DraftingModel, DraftSamples, HistoryStates
 from generative_recommenders.generative.heads import CodeHeads
 from generative_recommenders.generative.t5 import Decoder, DecoderState, Encoder, Memory
 from generative_recommenders.generative.t5_config import T5Config
@@ -139,7 +139,7 @@ class Tiger(DraftingModel):
         memory = self._encode(self.table.known_only(batch), seed)
         return HistoryStates(memory.states_SD, memory.rectangles.offsets)
 
-    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], HistoryStates]:
+    def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], DraftSamples]:
         """The mean over targets; see `DraftingModel`."""
         batch = self.table.known_only(batch)
         codes_BL = self.table.codes_of_items(batch.target_ids_B)
@@ -158,15 +158,23 @@ class Tiger(DraftingModel):
         main = (reported_L * self.weights_L).sum()
         by_level = {f"level_{level + 1}_loss": value for level, value in enumerate(reported_L)}
         states = HistoryStates(memory.states_SD, memory.rectangles.offsets)
-        return loss, {"main_loss": main, "ar_loss": main, **by_level, "tokens": learned}, states
+        scalars = {"main_loss": main, "ar_loss": main, **by_level, "tokens": learned}
+        return loss, scalars, DraftSamples(states, batch.target_ids_B)
 
     def begin(self, batch: SequenceBatch, length: int | None = None) -> DecoderState:
         """Prefill: the encoder once, and keys and values of its states for every decoder layer.
 
         With `length` the context is one rectangle of so many tokens a request: shapes that do not depend on the batch.
         """
+        return self._begin(self._encode(self.table.known_only(batch), None), length)
+
+    def begin_with_states(self, batch: SequenceBatch) -> tuple[DecoderState, HistoryStates]:
+        """`begin` and `history_states` of one pass of the encoder."""
         memory = self._encode(self.table.known_only(batch), None)
-        with self._autocast(batch.offsets.device):
+        return self._begin(memory, None), HistoryStates(memory.states_SD, memory.rectangles.offsets)
+
+    def _begin(self, memory: Memory, length: int | None) -> DecoderState:
+        with self._autocast(memory.states_SD.device):
             return self.decoder.begin(memory, length)
 
     def logits(

@@ -21,13 +21,26 @@ _BLOCK_LOGITS = 1 << 24
 
 
 class FullSoftmaxLoss(Objective):
-    """-log softmax(sim(o_t, n(E)) / temperature)[y_t] over the catalogue."""
+    """-log softmax(sim(o_t, n(E)) / temperature)[y_t] over the catalogue.
+
+    In training over `candidates`, where they are given: ids of the catalogue in ascending order, every positive among
+    them. In evaluation over the catalogue in any case, since targets may be any item.
+    """
 
     catalog_X: Tensor
+    candidates_X: Tensor
 
-    def __init__(self, catalog_X: Tensor, temperature: float, item_l2_norm: bool, l2_norm_eps: float) -> None:
+    def __init__(
+        self,
+        catalog_X: Tensor,
+        temperature: float,
+        item_l2_norm: bool,
+        l2_norm_eps: float,
+        candidates: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("catalog_X", catalog_X, persistent=False)
+        self.register_buffer("candidates_X", catalog_X if candidates is None else candidates, persistent=False)
         self.temperature = temperature
         self.item_l2_norm = item_l2_norm
         self.l2_norm_eps = l2_norm_eps
@@ -35,34 +48,41 @@ class FullSoftmaxLoss(Objective):
     def forward(
         self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
     ) -> TokenLosses:
+        ids_X = self.candidates_X if self.training else self.catalog_X
         if isinstance(similarity, DotProduct):
             losses_T = linear_cross_entropy(
                 queries[0],
                 table_VD,
-                self.catalog_X,
+                ids_X,
                 positives_T,
                 temperature=self.temperature,
                 l2_norm=self.item_l2_norm,
                 eps=self.l2_norm_eps,
             )
             return TokenLosses(losses_T, torch.ones_like(losses_T), {})
-        return self._blocks(queries, positives_T, table_VD, similarity, draws)
+        return self._blocks(queries, positives_T, table_VD, ids_X, similarity, draws)
 
     def _blocks(
-        self, queries: Features, positives_T: Tensor, table_VD: Tensor, similarity: Similarity, draws: Draws
+        self,
+        queries: Features,
+        positives_T: Tensor,
+        table_VD: Tensor,
+        ids_X: Tensor,
+        similarity: Similarity,
+        draws: Draws,
     ) -> TokenLosses:
-        """Any similarity: blocks of tokens against the whole catalogue, recomputed in backward."""
-        embeddings = table_VD[self.catalog_X]
+        """Any similarity: blocks of tokens against all of `ids_X`, recomputed in backward."""
+        embeddings = table_VD[ids_X]
         embeddings = l2_normalize(embeddings, self.l2_norm_eps) if self.item_l2_norm else embeddings
-        items = similarity.project_items(embeddings, self.catalog_X, draws)
-        places_T = torch.searchsorted(self.catalog_X, positives_T)
+        items = similarity.project_items(embeddings, ids_X, draws)
+        places_T = torch.searchsorted(ids_X, positives_T)
         count = len(queries)
 
         def block(places: Tensor, keys: Tensor, *features: Tensor) -> Tensor:
             logits = similarity.score(features[:count], features[count:], Draws(draws.seed, keys))
             return nn.functional.cross_entropy(logits / self.temperature, places, reduction="none")
 
-        size = max(1, _BLOCK_LOGITS // self.catalog_X.numel())
+        size = max(1, _BLOCK_LOGITS // ids_X.numel())
         losses_T = in_blocks(block, size, (places_T, draws.keys_T, *queries), items)
         auxiliary = positive_losses(queries, items, places_T[:, None], similarity, draws)
         return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)

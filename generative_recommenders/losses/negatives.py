@@ -33,7 +33,7 @@ class NegativesSampler(Protocol):
 
 
 class LocalNegativesSampler(nn.Module):
-    """Uniform over the whole catalogue."""
+    """Uniform over the ids it is given."""
 
     catalog_X: Tensor
 
@@ -50,15 +50,20 @@ class LocalNegativesSampler(nn.Module):
 
 
 class PopularitySampler(nn.Module):
-    """In proportion to how often an item occurs in training, plus one so that every item can be drawn."""
+    """In proportion to how often an item occurs in training, plus one so that every item can be drawn.
+
+    With `trained_only` no item without a training event is; its log-probability counts it once all the same, as the
+    target it may be in evaluation.
+    """
 
     catalog_X: Tensor
     cumulative_X: Tensor
 
-    def __init__(self, catalog_X: Tensor, counts_X: Tensor) -> None:
+    def __init__(self, catalog_X: Tensor, counts_X: Tensor, trained_only: bool = False) -> None:
         super().__init__()
+        weights_X = (counts_X + 1) * (counts_X > 0) if trained_only else counts_X + 1
         self.register_buffer("catalog_X", catalog_X, persistent=False)
-        self.register_buffer("cumulative_X", (counts_X + 1).cumsum(0), persistent=False)
+        self.register_buffer("cumulative_X", weights_X.cumsum(0), persistent=False)
 
     def sample(self, positives_T: Tensor, count: int, draws: Draws) -> Tensor:
         total = int(self.cumulative_X[-1])
@@ -68,7 +73,7 @@ class PopularitySampler(nn.Module):
     def log_q(self, num_positives: int, num_rows: int) -> Tensor | None:
         counts = self.cumulative_X.diff(prepend=self.cumulative_X.new_zeros(1)).double()
         log_q = torch.zeros(num_rows, dtype=torch.float32, device=counts.device)
-        log_q[self.catalog_X] = (counts / counts.sum()).log().float()
+        log_q[self.catalog_X] = (counts.clamp(min=1) / counts.sum()).log().float()
         return log_q
 
 

@@ -1,14 +1,47 @@
-"""Item embedding tables.
+"""Item vectors: what a model asks of them, and a table of learned ones.
 
-This file is the seam for sharded tables: a model asks for `lookup(ids)` and, where it scores the catalogue, for
-`table`.
+This file is the seam for sharded tables and for vectors that are computed: once a step a model asks its items for the
+vectors `at` that step, and then for `lookup(ids)` and, where it scores the catalogue, for `table`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from generative_recommenders.nn.dropout import Draws
+
+
+class ItemVectors(Protocol):
+    """A vector for every id up to the largest; that of id 0 is padding."""
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def table(self) -> Tensor:
+        """(V, D), row = item id."""
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Vectors of int64 ids of any shape: (…, D)."""
+
+
+@dataclass(frozen=True)
+class ComputedVectors:
+    """The vectors of one step."""
+
+    table: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.table.shape[1]
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table, padding_idx=0)
 
 
 class ItemEmbedding(nn.Module):
@@ -28,6 +61,10 @@ class ItemEmbedding(nn.Module):
     @property
     def dim(self) -> int:
         return self.table.shape[1]
+
+    def at(self, draws: Draws | None) -> ItemVectors:
+        """The vectors of a step: always the table itself."""
+        return self
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Embeddings of int64 ids of any shape: (…, D)."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.nn.dropout import Draws, KeyedDropout
-from generative_recommenders.nn.embeddings import ItemEmbedding
+from generative_recommenders.nn.embeddings import ItemVectors
 from ops.position_embedding import position_embedding
 
 InputFeatures = Literal["item", "rated", "interleaved"]
@@ -34,7 +34,7 @@ class ItemFeatures(nn.Module):
 
     tokens_per_event = 1
 
-    def forward(self, batch: SequenceBatch, items: ItemEmbedding) -> Tensor:
+    def forward(self, batch: SequenceBatch, items: ItemVectors) -> Tensor:
         """Unscaled features of every token, (T, D)."""
         return items.lookup(batch.item_ids_T)
 
@@ -62,7 +62,7 @@ class RatedFeatures(nn.Module):
         nn.init.xavier_normal_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
 
-    def forward(self, batch: SequenceBatch, items: ItemEmbedding) -> Tensor:
+    def forward(self, batch: SequenceBatch, items: ItemVectors) -> Tensor:
         """Unscaled features of every token, (T, D)."""
         item_TD = items.lookup(batch.item_ids_T)
         parts = [item_TD]
@@ -84,7 +84,7 @@ class InterleavedFeatures(nn.Module):
         super().__init__()
         self.rating_embedding = _rating_embedding(num_ratings, dim)
 
-    def forward(self, batch: SequenceBatch, items: ItemEmbedding) -> Tensor:
+    def forward(self, batch: SequenceBatch, items: ItemVectors) -> Tensor:
         """Unscaled features of every token, (T, D)."""
         ratings = self.rating_embedding(batch.ratings_T[1::2].long())
         return torch.stack([items.lookup(batch.item_ids_T[::2]), ratings], dim=1).flatten(0, 1)
@@ -143,7 +143,7 @@ class PositionalInput(nn.Module):
         """Of the states after every token those after whole events."""
         return states_TD[1::2] if self.features.tokens_per_event == 2 else states_TD
 
-    def forward(self, batch: SequenceBatch, items: ItemEmbedding, draws: Draws | None) -> Tensor:
+    def forward(self, batch: SequenceBatch, items: ItemVectors, draws: Draws | None) -> Tensor:
         """x_TD for every token of a batch of `tokens`."""
         x_TD = position_embedding(
             self.features(batch, items),

@@ -27,8 +27,10 @@ from generative_recommenders.losses.sampled_softmax import SampledSoftmaxLoss
 from generative_recommenders.nn.embeddings import ItemEmbedding
 from generative_recommenders.nn.inputs import build_features
 from generative_recommenders.nn.outputs import OUTPUTS
-from generative_recommenders.retrieval.config import EncoderOptions, LoaderConfig, RetrievalConfig
+from generative_recommenders.nn.text_items import TextItems
+from generative_recommenders.retrieval.config import EncoderOptions, LoaderConfig, RetrievalConfig, TextItemsConfig
 from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.retrieval.text_items import build_text_items
 from generative_recommenders.similarity.dot import DotProduct, Similarity
 from generative_recommenders.similarity.mol import MoL, MoLConfig, SimilarityOptions
 
@@ -36,7 +38,7 @@ ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 _LONGEST_NAME = 200
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
-    "interaction_module_type main_module_bf16 eval_split "
+    "interaction_module_type main_module_bf16 eval_split item_encoder "
     "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings event_columns"
 ).split()
 
@@ -51,6 +53,7 @@ class Plan:
     loader: LoaderConfig
     similarity: MoLConfig | None = None
     similarity_options: SimilarityOptions = field(default_factory=SimilarityOptions)
+    text_items: TextItemsConfig | None = None
 
     @classmethod
     def of(cls, config: Config) -> Plan:
@@ -74,6 +77,7 @@ class Plan:
             config.build("create_data_loader"),
             similarity,
             options,
+            config.build(TextItemsConfig) if experiment.item_encoder == "text" else None,
         )
 
     def model_bindings(self) -> dict[str, object]:
@@ -82,7 +86,7 @@ class Plan:
         own |= {f"{ENCODERS[self.experiment.main_module]}.{k}": v for k, v in asdict(self.encoder).items()}
         if self.similarity is not None:
             own |= {f"create_mol_interaction_module.{k}": v for k, v in asdict(self.similarity).items()}
-        return own
+        return own if self.text_items is None else own | self.text_items.model_bindings()
 
     def describe(self) -> str:
         """The public name of a run: model, similarity, sampling, loss, batch and optimizer."""
@@ -99,12 +103,14 @@ class Plan:
         loss += "-logq" if e.logq_correction else ""
         loss += "-ac" if e.loss_activation_checkpoint else ""
         loss += "".join(f"-lw{name}{weight}" for name, weight in sorted(e.loss_weights.items()))
+        loss += "-trained" if e.loss_candidates == "trained" else ""
         similarity = f"MoL-{self.similarity.describe()}" if self.similarity else e.interaction_module_type
         parts = [self.encoder.describe(), similarity, sampling, loss]
         optimizer = f"b{e.local_batch_size}-lr{e.learning_rate}-wu{e.num_warmup_steps}-wd{e.weight_decay}"
         extras = [optimizer, "" if e.enable_tf32 else "notf32", e.eval_split, f"s{e.random_seed}"]
         extras.append(f"fe{e.full_eval_every_n}" if e.full_eval_every_n > 1 else "")
         extras.append("" if e.input_features == "item" else e.input_features)
+        extras.append("" if self.text_items is None else self.text_items.describe())
         extras += [f"ev{name}{number}" for name, number in sorted(e.event_columns.items())]
         extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
         name = "-".join(["_".join(parts), *(x for x in extras if x)])
@@ -116,13 +122,15 @@ class Plan:
 
 def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor) -> Objective:
     """`counts_X` are the training events of each catalogue item."""
+    trained_only = config.loss_candidates == "trained"
+    candidates = catalog_X[counts_X > 0] if trained_only else catalog_X
     if config.loss_module == "FullSoftmaxLoss":
-        return FullSoftmaxLoss(catalog_X, config.temperature, config.item_l2_norm, config.l2_norm_eps)
+        return FullSoftmaxLoss(catalog_X, config.temperature, config.item_l2_norm, config.l2_norm_eps, candidates)
     sampler: NegativesSampler
     if config.sampling_strategy == "local":
-        sampler = LocalNegativesSampler(catalog_X)
+        sampler = LocalNegativesSampler(candidates)
     elif config.sampling_strategy == "popularity":
-        sampler = PopularitySampler(catalog_X, counts_X)
+        sampler = PopularitySampler(catalog_X, counts_X, trained_only)
     else:
         sampler = InBatchNegativesSampler(catalog_X, counts_X)
     if config.loss_module == "BCELoss":
@@ -162,11 +170,20 @@ def _check_mol(experiment: RetrievalConfig, similarity: MoLConfig) -> None:
         )
 
 
-def build_model(plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None) -> RetrievalModel:
-    """A model with seeded initial weights; without `counts_X` it has no objective and only serves inference."""
+def build_model(
+    plan: Plan, catalog_X: Tensor, counts_X: Tensor | None = None, text_XE: Tensor | None = None
+) -> RetrievalModel:
+    """A model with seeded initial weights; without `counts_X` it has no objective and only serves inference.
+
+    text_XE: vectors of the catalogue's texts, where items are made of them; without, a checkpoint has to bring them.
+    """
     config = plan.experiment
     torch.manual_seed(config.random_seed)
-    items = ItemEmbedding(int(catalog_X[-1]), config.item_embedding_dim)
+    items: ItemEmbedding | TextItems
+    if plan.text_items is None:
+        items = ItemEmbedding(int(catalog_X[-1]), config.item_embedding_dim)
+    else:
+        items = build_text_items(plan.text_items, text_XE, catalog_X, counts_X, config.item_embedding_dim)
     features = build_features(
         config.input_features,
         config.num_ratings,

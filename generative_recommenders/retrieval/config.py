@@ -42,11 +42,13 @@ class RetrievalConfig:
     "rated", the same as use_rated_input_preproc, or "interleaved", item and rating as two tokens; see `nn.inputs`),
     event_columns (ours: further columns of integers, one an event, that are embedded as ratings are, by name and number
     of values, such as {"action": 5} for 0 to 4),
-    main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type.
+    main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type, item_encoder (ours:
+    "id" is a table of learned embeddings, "text" computes them from the items' texts, see `text_item_encoder.*`).
 
     Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
     l2_norm_eps, logq_correction (ours, for in-batch and popularity samplers), loss_activation_checkpoint (recompute
-    the loss in backward), loss_weights (auxiliary losses).
+    the loss in backward), loss_weights (auxiliary losses), loss_candidates (ours: "trained" leaves items without a
+    training event out of the softmax and of the negatives in training, "all" does not).
 
     Optimization: num_epochs, learning_rate, num_warmup_steps, weight_decay, gradient_clip_norm (ours, 0 is off),
     local_batch_size (users a rank), enable_tf32, random_seed.
@@ -79,6 +81,7 @@ class RetrievalConfig:
     sampling_strategy: Literal["in-batch", "local", "popularity", "no-explicit-negatives"] = "in-batch"
     loss_module: Literal["SampledSoftmaxLoss", "FullSoftmaxLoss", "BCELoss"] = "SampledSoftmaxLoss"
     loss_weights: dict[str, float] = field(default_factory=dict)
+    loss_candidates: Literal["all", "trained"] = "all"
     num_negatives: int = 1
     loss_activation_checkpoint: bool = False
     logq_correction: bool = False
@@ -100,6 +103,7 @@ class RetrievalConfig:
     checkpoint_every_n_steps: int = 0
     partial_eval_num_iters: int = 32
     embedding_module_type: Literal["local"] = "local"
+    item_encoder: Literal["id", "text"] = "id"
     item_embedding_dim: int = 240
     interaction_module_type: str = "DotProduct"
     use_rated_input_preproc: bool = False
@@ -205,6 +209,50 @@ class RetrievalConfig:
     def input_features(self) -> InputFeatures:
         """What the encoder reads of an event, by whichever binding says it."""
         return "rated" if self.use_rated_input_preproc else self.input_features_preproc
+
+
+@configurable("text_item_encoder")
+@dataclass(frozen=True)
+class TextItemsConfig:
+    """Bindings `text_item_encoder.*`.
+
+    Mixture (see `nn.text_items`): num_experts, dropout_rate (of the text vectors), noisy_gate.
+
+    Text vectors: encoder, embeddings_path, embeddings_keys, embedding_dim, template and item_table, as those of
+    `train_tokenizer`; whiten: whether they are whitened first.
+    """
+
+    num_experts: int = 8
+    dropout_rate: float = 0.2
+    noisy_gate: bool = True
+    encoder: str = "hashed"
+    embeddings_path: str | None = None
+    embeddings_keys: str | None = None
+    embedding_dim: int | None = None
+    template: str | None = None
+    item_table: str | None = None
+    whiten: bool = True
+
+    def __post_init__(self) -> None:
+        self._expect("num_experts", self.num_experts >= 1, "at least 1")
+        self._expect("dropout_rate", 0 <= self.dropout_rate < 1, "0 <= rate < 1")
+        self._expect("embedding_dim", self.embedding_dim is None or self.embedding_dim >= 1, "at least 1, or None")
+        named = self.encoder != "file" or self.embeddings_path is not None
+        self._expect("embeddings_path", named, "a file with encoder 'file'")
+
+    def _expect(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"text_item_encoder.{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    def model_bindings(self) -> dict[str, object]:
+        """Those that decide what a trained model computes."""
+        mixture = {"num_experts": self.num_experts, "noisy_gate": self.noisy_gate}
+        return {f"text_item_encoder.{name}": value for name, value in mixture.items()}
+
+    def describe(self) -> str:
+        """For a run's name."""
+        whiten = "" if self.whiten else "-raw"
+        return f"text-{self.encoder.rstrip('/').rpartition('/')[2]}{whiten}-e{self.num_experts}-d{self.dropout_rate}"
 
 
 @configurable("create_data_loader")

@@ -17,8 +17,9 @@ from generative_recommenders.indexing.approximate import top_k_by_name
 from generative_recommenders.indexing.exact import MIPSBruteForceTopK, TopK
 from generative_recommenders.losses.objective import Objective, TokenLosses
 from generative_recommenders.nn.dropout import Draws
-from generative_recommenders.nn.embeddings import ItemEmbedding
+from generative_recommenders.nn.embeddings import ItemEmbedding, ItemVectors
 from generative_recommenders.nn.outputs import l2_normalize
+from generative_recommenders.nn.text_items import TextItems
 from generative_recommenders.similarity.dot import Features, Similarity
 from generative_recommenders.similarity.mol import MoL
 from ops.mol_score import MoLItems, MoLQueries
@@ -31,7 +32,7 @@ class RetrievalModel(nn.Module):
 
     def __init__(
         self,
-        items: ItemEmbedding,
+        items: ItemEmbedding | TextItems,
         encoder: HSTU | SASRec,
         output: nn.Module,
         similarity: Similarity,
@@ -59,22 +60,29 @@ class RetrievalModel(nn.Module):
         self.loss_checkpoint = loss_checkpoint
         self.loss_weights = dict(loss_weights or {})
 
-    def queries(self, batch: SequenceBatch, draws: Draws | None = None) -> Tensor:
-        """Post-processed states after every event, (T, D)."""
+    @property
+    def flexible_buffers(self) -> frozenset[str]:
+        """Tensors whose shape is the checkpoint's."""
+        names = self.items.shaped_by_checkpoint if isinstance(self.items, TextItems) else ()
+        return frozenset(f"items.{name}" for name in names)
+
+    def queries(self, batch: SequenceBatch, draws: Draws | None = None, vectors: ItemVectors | None = None) -> Tensor:
+        """Post-processed states after every event, (T, D); `vectors` are the items' of this step, where at hand."""
+        vectors = self.items.at(draws) if vectors is None else vectors
         tokens = self.encoder.input.tokens(batch)
         if draws is not None and tokens is not batch:
             draws = Draws.of(tokens, draws.seed)
         with self._autocast(batch):
-            states_TD = self.encoder(self.encoder.input(tokens, self.items, draws), tokens, draws)
+            states_TD = self.encoder(self.encoder.input(tokens, vectors, draws), tokens, draws)
         states_TD = self.encoder.input.of_events(states_TD)
         return self.output(states_TD.float() if self.encoder_bf16 else states_TD)
 
     @torch.no_grad()
     def last_queries(self, batch: SequenceBatch) -> Tensor:
         """Post-processed states after each row's last event, (B, D), without gradient; every row must hold an event."""
-        tokens = self.encoder.input.tokens(batch)
+        tokens, vectors = self.encoder.input.tokens(batch), self.items.at(None)
         with self._autocast(batch):
-            states_BD = self.encoder.last_states(self.encoder.input(tokens, self.items, None), tokens)
+            states_BD = self.encoder.last_states(self.encoder.input(tokens, vectors, None), tokens)
         return self.output(states_BD.float() if self.encoder_bf16 else states_BD)
 
     def _autocast(self, batch: SequenceBatch) -> AbstractContextManager[object]:
@@ -89,10 +97,11 @@ class RetrievalModel(nn.Module):
         gradient of the mean over the global batch, however unequal the ranks' shares are.
         """
         draws = Draws.of(batch, seed)
+        vectors = self.items.at(draws)
         queries, auxiliary = self.similarity.project_queries(
-            self.queries(batch, draws), batch.user_ids_B[batch.rows_T()], draws
+            self.queries(batch, draws, vectors), batch.user_ids_B[batch.rows_T()], draws
         )
-        tokens = self._token_losses(queries, batch.next_item_ids_T, draws)
+        tokens = self._token_losses(queries, batch.next_item_ids_T, vectors.table, draws)
         weights_T = tokens.weights_T * (batch.next_item_ids_T != 0)
         total = all_reduce_sum(weights_T.sum()).clamp(min=1.0)
         main = (tokens.losses_T * weights_T).sum() / total * world_size()
@@ -105,8 +114,8 @@ class RetrievalModel(nn.Module):
         scalars = {name: all_reduce_sum(value.detach()) / world_size() for name, value in local.items()}
         return loss, scalars | {"tokens": total}
 
-    def _token_losses(self, queries: Features, positives_T: Tensor, draws: Draws) -> TokenLosses:
-        arguments = (queries, positives_T, self.items.table, self.similarity, draws)
+    def _token_losses(self, queries: Features, positives_T: Tensor, table_VD: Tensor, draws: Draws) -> TokenLosses:
+        arguments = (queries, positives_T, table_VD, self.similarity, draws)
         if self.loss_checkpoint:
             result: TokenLosses = checkpoint(self.objective, *arguments, use_reentrant=False)
             return result
@@ -121,7 +130,8 @@ class RetrievalModel(nn.Module):
         """
         draws = Draws.of_users(batch, seed)
         queries, _ = self.similarity.project_queries(self.last_queries(batch), batch.user_ids_B, None)
-        losses: TokenLosses = self.objective(queries, batch.target_ids_B, self.items.table, self.similarity, draws)
+        table_VD = self.items.at(None).table
+        losses: TokenLosses = self.objective(queries, batch.target_ids_B, table_VD, self.similarity, draws)
         return losses
 
     @torch.no_grad()
@@ -132,7 +142,7 @@ class RetrievalModel(nn.Module):
 
     def item_features(self) -> Features:
         """The item side of the similarity for the whole catalogue, (X, ...), as evaluation uses it."""
-        embeddings = self.items.table[self.catalog_X]
+        embeddings = self.items.at(None).table[self.catalog_X]
         if self.item_l2_norm:
             embeddings = l2_normalize(embeddings, self.l2_norm_eps)
         return self.similarity.project_items(embeddings, self.catalog_X, None)
@@ -144,7 +154,7 @@ class RetrievalModel(nn.Module):
             items = MoLItems(*self.item_features())
             gate, temperature = self.similarity.pair_gate(), self.similarity.config.temperature
             return top_k_by_name(self.top_k_method)(items, gate, temperature, self.catalog_X, max_rows)
-        table = self.items.table.detach()
+        table = self.items.at(None).table.detach()
         if self.item_l2_norm:
             table = l2_normalize(table, self.l2_norm_eps)
         return MIPSBruteForceTopK(table, self.catalog_X, max_rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,16 +21,17 @@ from generative_recommenders.generative.assemble import (
     Plan,
     Searcher,
     build_model,
+    build_searcher,
     build_trie,
-    candidate_filter,
 )
-from generative_recommenders.generative.config import Candidates
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.serving.recommender import HistoryRecommender, Recommender, offsets_of
 from generative_recommenders.tokenizers.importers import level_names
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
 from generative_recommenders.training.generative import IDS_FOLDER, UNSEEN_ITEMS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class GeneratedRecommender(HistoryRecommender):
     """
 
     model: GenerativeRecommender
+    plan: Plan = field(kw_only=True)
     searcher: Searcher = field(kw_only=True)
-    # `train_generative.candidates`, and ids of the items that training had.
-    candidates: Candidates = field(default="all", kw_only=True)
-    trained_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64), kw_only=True)
+    # Ids of the items that training had.
+    trained_ids: Tensor = field(kw_only=True)
 
     @classmethod
     def from_checkpoint(
@@ -56,6 +58,7 @@ class GeneratedRecommender(HistoryRecommender):
                 f"--top_k_method: got {top_k_method!r}, expected none for a generative model; it has beam_search.*"
             )
         plan = Plan.of(load([str(checkpoint.path / "config.gin")], []))
+        _check_drafter(plan)
         tables = [
             SemanticIds.load(checkpoint.path / f"{IDS_FOLDER}-{number}")
             for number in range(len(plan.experiment.semantic_ids))
@@ -65,8 +68,7 @@ class GeneratedRecommender(HistoryRecommender):
         model.eval()
         e, place = plan.experiment, torch.device(device)
         trie, catalog = build_trie(tables, place), read_catalog(checkpoint.path / "items.parquet")
-        trained_ids = _trained_ids(checkpoint, catalog, e.candidates)
-        allowed = candidate_filter(trie, tables, e.candidates, trained_ids)
+        trained_ids = _trained_ids(checkpoint, catalog, plan)
         return cls(
             model=model,
             catalog=catalog,
@@ -74,8 +76,8 @@ class GeneratedRecommender(HistoryRecommender):
             device=place,
             filter_history=e.filter_history,
             users=read_users(checkpoint.path / USERS_FILE),
-            searcher=Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed),
-            candidates=e.candidates,
+            plan=plan,
+            searcher=build_searcher(plan, model, trie, tables, trained_ids),
             trained_ids=trained_ids,
         )
 
@@ -97,10 +99,8 @@ class GeneratedRecommender(HistoryRecommender):
         model = copy.copy(self.model)
         model._modules = dict(self.model._modules)
         model.table = IdTable(*tables).to(self.device)
-        old = self.searcher
         trie = build_trie(tables, self.device)
-        allowed = candidate_filter(trie, tables, self.candidates, self.trained_ids)
-        searcher = Searcher(model, trie, old.search, old.top_k, old.filter_history, allowed)
+        searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids)
         return replace(self, model=model, searcher=searcher, catalog=_grown(self.catalog, tables[0]))
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
@@ -134,17 +134,35 @@ def _grown(catalog: Catalog, table: SemanticIds) -> Catalog:
     return Catalog(ids[order], [every_raw[n] for n in order], [every_title[n] for n in order])
 
 
-def _trained_ids(checkpoint: Checkpoint, catalog: Catalog, candidates: Candidates) -> Tensor:
+def _check_drafter(plan: Plan) -> None:
+    """Raises ConfigError where the checkpoint does not hold what drafts."""
+    if plan.specgr is None:
+        return
+    if plan.specgr.drafter != "encoder":
+        raise ConfigError(
+            f"specgr.drafter: got {plan.specgr.drafter!r}, which a checkpoint of the generative model does not hold, "
+            "expected 'encoder'; try a model trained with train_generative.search = 'beam'"
+        )
+    if plan.specgr.target_acceptance:
+        logger.warning(
+            "specgr.target_acceptance = %g is tuned on valid; recommending takes specgr.threshold = %g",
+            plan.specgr.target_acceptance,
+            plan.specgr.threshold,
+        )
+
+
+def _trained_ids(checkpoint: Checkpoint, catalog: Catalog, plan: Plan) -> Tensor:
     """Ids of the items that occur in the training of a checkpoint."""
     unseen = checkpoint.facts.get(UNSEEN_ITEMS)
     if isinstance(unseen, list):
         ids = catalog.item_ids
         return ids[~torch.isin(ids, torch.tensor(unseen, dtype=ids.dtype))]
-    if candidates == "all":
+    candidates = plan.experiment.candidates
+    if candidates == "all" and plan.specgr is None:
         return catalog.item_ids
     raise CheckpointError(
         f"checkpoint {checkpoint.path}: does not note which items training lacks, expected it with "
-        f"train_generative.candidates = {candidates!r}; train again"
+        f"train_generative.candidates = {candidates!r} and search = {plan.experiment.search!r}; train again"
     )
 
 

@@ -30,11 +30,13 @@ from generative_recommenders.generative.assemble import (
     Searcher,
     Splits,
     build_model,
+    build_searcher,
     build_trie,
     codebooks_of,
     load_ids,
 )
 from generative_recommenders.generative.draft_head import EncoderDrafter
+from generative_recommenders.generative.drafters import Drafter
 from generative_recommenders.generative.tiger import TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.generative.trie import Trie
@@ -42,6 +44,7 @@ from generative_recommenders.tokenizers.catalogue import CURRENT_FILE
 from generative_recommenders.tokenizers.config import TokenizerConfig
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
+from generative_recommenders.training.drafters import retrieval_drafter, semantic_knn, trained_drafter
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.task import Finetune, Settings, Task
 from generative_recommenders.training.tokenizer import TokenizerExperiment
@@ -52,6 +55,10 @@ logger = logging.getLogger(__name__)
 # Bindings that do not change what is computed, so a run may be continued under other values of them.
 _NOT_IDENTITY = ("train_generative.resume", "train_generative.num_workers", "train_tokenizer.resume")
 IDS_FOLDER = "semantic_ids"
+# Of the validation split, to tune SpecGR's threshold on.
+_TUNING_BATCHES = 16
+# Among the facts of a checkpoint, ids of items that no training event has.
+UNSEEN_ITEMS = "unseen_items"
 
 
 class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
@@ -72,6 +79,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         config.build(self.tokenizer.tokenizer)
         self._check_ids()
         self.splits = Splits.of(e, self.dataset)
+        # Whether what is missing may be trained.
+        self.trains = False
         configure_precision(e.enable_tf32)
 
     @cached_property
@@ -110,7 +119,10 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         self.runtime.barrier()
 
     def train(self) -> tuple[Evaluation, Path]:
+        self.trains = True
         self._make_ids()
+        # Before the model, as a drafter may have to be trained.
+        _ = self.drafter
         return super().train()
 
     def describe(self) -> str:
@@ -125,7 +137,11 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return asdict(self.plan.experiment) | asdict(self.plan.model) | asdict(self.plan.search)
 
     def facts(self) -> dict[str, Any]:
-        return super().facts() | {"semantic_ids": [table.fingerprint for table in self.tables]}
+        unseen = self.dataset.unseen_items(self.splits.train.ignore_last_n)
+        return super().facts() | {
+            "semantic_ids": [table.fingerprint for table in self.tables],
+            UNSEEN_ITEMS: unseen.tolist(),
+        }
 
     def split(self, name: str) -> Split:
         return self.splits.named(name)
@@ -139,7 +155,13 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
         """Batches of a held-out split, as this rank sees them; `limit` of them hold users from all over the split."""
-        loader = self._loader(self.splits.named(split), self.plan.experiment.eval_batch_size, shuffle=limit is not None)
+        users, specgr = self.splits.named(split), self.plan.specgr
+        if specgr is not None and specgr.eval_mode != "all":
+            trained_V = self.catalogue.trained_V.cpu()
+            users = users.with_targets(trained_V if specgr.eval_mode == "in_sample" else ~trained_V)
+        if specgr is not None and specgr.max_eval_steps:
+            limit = min(limit or specgr.max_eval_steps, specgr.max_eval_steps)
+        loader = self._loader(users, self.plan.experiment.eval_batch_size, shuffle=limit is not None)
         return itertools.islice(loader.epoch(0), limit)
 
     def _loader(self, split: Split, batch_size: int, shuffle: bool) -> Loader:
@@ -155,24 +177,39 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         )
 
     def searcher(self, model: GenerativeRecommender) -> Searcher:
-        e = self.plan.experiment
-        return Searcher(model, self.trie, self.plan.search, e.top_k, e.filter_history)
+        """The search of the present weights; SpecGR's threshold is tuned on valid where that is asked for."""
+        trained_ids = self.catalogue.trained_V.cpu().nonzero().flatten()
+        searcher = build_searcher(self.plan, model, self.trie, self.tables, trained_ids, self.drafter)
+        if searcher.specgr is not None and searcher.specgr.config.target_acceptance:
+            loader = self._loader(self.splits.valid, self.plan.experiment.eval_batch_size, shuffle=True)
+            batches = itertools.islice(loader.epoch(0), _TUNING_BATCHES)
+            on_device = (batch.to(self.runtime.device) for batch in batches)
+            searcher.specgr = searcher.specgr.calibrated(on_device, allowed=searcher.allowed)
+        return searcher
+
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """What SpecGR drafts with, None for the model itself."""
+        specgr = self.plan.specgr
+        if specgr is None or specgr.drafter == "encoder":
+            return None
+        if specgr.drafter == "semantic_knn":
+            last_n, whiten = specgr.knn_last_n, specgr.knn_whiten
+            return semantic_knn(self.tokenizer, self.dataset, self.runtime, last_n=last_n, whiten=whiten)
+        if specgr.drafter_checkpoint:
+            run = Path(specgr.drafter_checkpoint)
+        else:
+            run = trained_drafter(specgr.drafter_config, self.places, self.runtime, train=self.trains)
+        return retrieval_drafter(run, self.dataset, self.runtime)
 
     @cached_property
     def catalogue(self) -> Catalogue:
         """What metrics need of the items; trained are those that are a target or in a history of the training split."""
         ids = IdTable(*self.tables)
-        size = int(self.dataset.catalog.item_ids[-1]) + 1
-        codes_VL = ids.codes_of_items(torch.arange(size))
-        trained_V = torch.zeros(size, dtype=torch.bool)
-        data, train = self.dataset, self.splits.train
-        first, last = train.of_rows or (0, data.num_users)
-        ends_E = (data.offsets[1:] - train.ignore_last_n).repeat_interleave(data.lengths_U)
-        places_E = torch.arange(data.item_ids_E.numel())
-        inside_E = (places_E >= data.offsets[first]) & (places_E < data.offsets[last])
-        trained_V[data.item_ids_E[inside_E & (places_E < ends_E)]] = True
+        trained_V = self.dataset.trained_items(self.splits.train.ignore_last_n)
+        codes_VL = ids.codes_of_items(torch.arange(len(trained_V)))
         device = self.runtime.device
-        return Catalogue(codes_VL.to(device), trained_V.to(device), len(data.catalog))
+        return Catalogue(codes_VL.to(device), trained_V.to(device), len(self.dataset.catalog))
 
     def evaluate(self, model: GenerativeRecommender, split: str, limit: int | None = None) -> Evaluation:
         evaluation = evaluate_lists(

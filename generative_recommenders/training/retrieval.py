@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import Config, ConfigError, load
 from generative_recommenders.data.collate import Split
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.metrics import LIKED_SUFFIX, METRIC_NAMES, mean_metrics
@@ -31,6 +35,7 @@ from generative_recommenders.retrieval.assemble import (
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
 from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.item_texts import item_embeddings
 from generative_recommenders.training.task import Settings, Task
 from generative_recommenders.training.trained import TrainedExperiment, configure_precision, settings_of, test_line
 
@@ -69,19 +74,39 @@ class RetrievalExperiment(TrainedExperiment[RetrievalModel]):
     def describe(self) -> str:
         return self.plan.describe()
 
+    @cached_property
+    def texts(self) -> Embeddings | None:
+        """Vectors of the items' texts, where the model makes its items of them.
+
+        Raises:
+            DataError: they cannot be had.
+        """
+        source = self.plan.text_items
+        return None if source is None else item_embeddings(source, self.dataset.folder, self.runtime)
+
     def identity(self) -> str:
-        return f"{self.config.fingerprint(exclude=_NOT_IDENTITY)}-{self.dataset.fingerprint}-w{self.runtime.world_size}"
+        texts = "" if self.texts is None else f"-{self.texts.fingerprint[:16]}"
+        bindings = self.config.fingerprint(exclude=_NOT_IDENTITY)
+        return f"{bindings}-{self.dataset.fingerprint}{texts}-w{self.runtime.world_size}"
 
     def hyperparameters(self) -> dict[str, Any]:
-        return asdict(self.plan.experiment) | asdict(self.plan.encoder)
+        values = asdict(self.plan.experiment) | asdict(self.plan.encoder)
+        if self.plan.text_items is not None:
+            values |= {f"text_{name}": value for name, value in asdict(self.plan.text_items).items()}
+        return values
 
     def split(self, name: str) -> Split:
         return self.splits.named(name)
 
     def model(self) -> RetrievalModel:
-        held_out = self.splits.train.ignore_last_n
-        counts = training_counts(self.dataset, held_out)
-        return build_model(self.plan, self.dataset.catalog.item_ids, counts).to(self.runtime.device)
+        return self._build(None if self.texts is None else self.texts.values_ND)
+
+    def model_to_load(self) -> RetrievalModel:
+        return self._build(None)
+
+    def _build(self, text_XE: Tensor | None) -> RetrievalModel:
+        counts = training_counts(self.dataset, self.splits.train.ignore_last_n)
+        return build_model(self.plan, self.dataset.catalog.item_ids, counts, text_XE).to(self.runtime.device)
 
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
         """Batches of a held-out split, as this rank sees them."""
@@ -96,6 +121,7 @@ class RetrievalExperiment(TrainedExperiment[RetrievalModel]):
             self.runtime,
             filter_history=e.filter_history,
             max_rows=e.eval_user_max_batch_size,
+            trained_V=self.dataset.trained_items(self.splits.train.ignore_last_n),
         )
         return replace(evaluation, metrics=self._meant(evaluation.metrics))
 

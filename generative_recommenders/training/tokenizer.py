@@ -14,7 +14,7 @@ from torch import Tensor
 from generative_recommenders.config import Config, ConfigError
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
-from generative_recommenders.data.text_embeddings import Embeddings, embed_items
+from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import one_line
 from generative_recommenders.tokenizers.build import (
@@ -33,6 +33,7 @@ from generative_recommenders.tokenizers.quantizer import fingerprint, load_quant
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.environment import environment
 from generative_recommenders.training.experiment import Places
+from generative_recommenders.training.item_texts import embeddings_of
 from generative_recommenders.training.reporting import Reporter
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class TokenizerExperiment:
         """Make the IDs, or find them made; the report and where they are."""
         if not self.runtime.is_main:
             return []
-        embeddings = self._embeddings()
+        embeddings = embeddings_of(self.settings, self.dataset.folder)
         identity = (
             f"{self.config.fingerprint(exclude=_NOT_IDENTITY)}-{self.dataset.fingerprint}-{embeddings.fingerprint}"
         )
@@ -163,18 +164,6 @@ class TokenizerExperiment:
             f"{self.folder}: {QUALITY_FILE}, {PICTURE_FILE}, fingerprint {built.table.fingerprint[:12]} "
             f"({time.monotonic() - started:.1f}s)",
         ]
-
-    def _embeddings(self) -> Embeddings:
-        s = self.settings
-        return embed_items(
-            self.dataset.folder,
-            encoder=s.encoder,
-            dimension=s.embedding_dim,
-            path=None if s.embeddings_path is None else Path(s.embeddings_path),
-            keys=None if s.embeddings_keys is None else Path(s.embeddings_keys),
-            template=s.template,
-            item_table=None if s.item_table is None else Path(s.item_table),
-        )
 
     def _fitted(self) -> Tensor:
         """Items, bool (N,), that the tokenizer is fitted on: those with events in the training split, or all."""

@@ -312,7 +312,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
-            (["--dataset=ml1m"], "error: dataset: got 'ml1m', expected one of amzn-books,"),
+            (["--dataset=ml1m"], "error: dataset: got 'ml1m', expected one of amazon23-cell-phones,"),
             (["--dataset=ml-1m", "--raw=nothing.zip"], "error: raw file nothing.zip: no such file or folder"),
             (["--dataset=ml-1m", "--title_column=t"], "error: --title_column: dataset 'ml-1m' does not use it"),
             (

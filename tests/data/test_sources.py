@@ -24,6 +24,9 @@ from generative_recommenders.data.sources import ml_100k
 
 def test_registry_lists_every_source() -> None:
     assert sources.names() == [
+        "amazon23-cell-phones",
+        "amazon23-office-products",
+        "amazon23-video-games",
         "amzn-books",
         "amzn14-beauty",
         "amzn14-sports",
@@ -32,6 +35,7 @@ def test_registry_lists_every_source() -> None:
         "ml-100k",
         "ml-1m",
         "ml-20m",
+        "online-retail",
         "synthetic",
     ]
     assert all(sources.get(name).name == name for name in sources.names())

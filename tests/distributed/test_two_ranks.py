@@ -99,8 +99,17 @@ def train(tmp_path: Path, world_size: int, prefix: str, bindings: list[str]) -> 
             "train_fn.loss_weights = {'mi_loss': 1.0, 'uid_embedding_l2_norm': 1.0}",
             *MOL,
         ],
+        [
+            "train_fn.main_module = 'SASRec'",
+            "train_fn.loss_module = 'FullSoftmaxLoss'",
+            "train_fn.sampling_strategy = 'no-explicit-negatives'",
+            "train_fn.item_encoder = 'text'",
+            "train_fn.loss_candidates = 'trained'",
+            "text_item_encoder.embedding_dim = 8",
+            "text_item_encoder.num_experts = 3",
+        ],
     ],
-    ids=["hstu-local", "sasrec-in-batch-valid", "sasrec-mol"],
+    ids=["hstu-local", "sasrec-in-batch-valid", "sasrec-mol", "sasrec-text"],
 )
 def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)

@@ -33,7 +33,7 @@ def listed(rows: list[list[int]], k: int, exact: list[bool] | None = None) -> Be
     codes = torch.where(valid[..., None], CODES[items], -1)
     scores = torch.where(valid, -torch.arange(k).float(), -math.inf)
     proven = torch.tensor(exact or [True] * len(rows))
-    return BeamResult(items, codes, scores, counts, proven, torch.zeros(len(rows)))
+    return BeamResult(items, codes, scores, counts, proven, torch.zeros(len(rows)), torch.zeros_like(counts))
 
 
 def test_an_id_counts_once_and_an_item_takes_a_place_of_its_own() -> None:
@@ -78,3 +78,14 @@ def test_slices_are_of_targets_seen_in_training_and_not() -> None:
     result = listed([[1], [1]], 10)
     m = evaluate_lists(torch.nn.Linear(1, 1), lambda _: result, [batch_of([1, 2])], CPU, catalogue, 10).metrics
     assert (m["hr@10"], m["hr@10_warm"], m["hr@10_cold"], m["sid_hr@10"]) == (0.5, 1.0, 0.0, 1.0)
+
+
+def test_certified_shares_are_cumulative_over_widths() -> None:
+    catalogue = Catalogue(CODES, torch.ones(7, dtype=torch.bool), 6)
+    widths = torch.tensor([2, 8, 32, 32])
+    result = replace(listed([[1]] * 4, 5, [True, True, True, False]), width_B=widths)
+    m = evaluate_lists(torch.nn.Linear(1, 1), lambda _: result, [batch_of([1] * 4)], CPU, catalogue, 5).metrics
+    assert (m["certified@2"], m["certified@8"], m["certified@32"]) == (0.25, 0.5, 0.75) == (0.25, 0.5, m["certified"])
+    unsearched = replace(result, width_B=torch.zeros(4, dtype=torch.int64))
+    m = evaluate_lists(torch.nn.Linear(1, 1), lambda _: unsearched, [batch_of([1] * 4)], CPU, catalogue, 5).metrics
+    assert not [name for name in m if name.startswith("certified@")]

@@ -29,6 +29,7 @@ from tests.generative.beam_cases import batch_of
 from tests.generative.test_tiger import ITEMS, ids, tiger
 
 WIDTH = 6
+HISTORIES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 KINDS = ("tiger", "parallel_tiger", "sid_gr_all", "sid_gr_last")
 
 
@@ -50,7 +51,7 @@ def model_of(kind: str, **bindings: float) -> DraftingModel:
 
 
 def batch(targets: list[int]) -> SequenceBatch:
-    made = batch_of([1, 2, 3, 4], [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]])
+    made = batch_of([1, 2, 3, 4], HISTORIES)
     return replace(made, target_ids_B=torch.tensor(targets))
 
 
@@ -67,10 +68,24 @@ def test_vectors_are_means_of_a_histories_own_states(kind: str) -> None:
     model = model_of(kind).eval()
     assert model.draft is not None
     found = model.draft(model.history_states(batch([11, 12, 13, 14])))
-    expected = torch.stack([vector_of(model, h) for h in ([1, 2, 3], [4], [5, 6], [7, 8, 9, 10])])
+    expected = torch.stack([vector_of(model, h) for h in HISTORIES])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     items = model.draft.all_items(model, torch.tensor([3, 9]))
     torch.testing.assert_close(items, torch.stack([vector_of(model, [3]), vector_of(model, [9])]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pass_gives_what_a_search_and_a_head_need(kind: str) -> None:
+    model = model_of(kind).eval()
+    asked = batch([11, 12, 13, 14])
+    with torch.no_grad():
+        context, states = model.begin_with_states(asked)
+        expected = model.history_states(asked)
+        assert torch.equal(states.offsets, expected.offsets)
+        torch.testing.assert_close(states.states_SD, expected.states_SD, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model.logits(context, 0, None, ()), model.logits(model.begin(asked), 0, None, ()), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_a_history_without_tokens_has_no_direction() -> None:
@@ -80,31 +95,40 @@ def test_a_history_without_tokens_has_no_direction() -> None:
     assert found[0].eq(0).all() and found[1].norm().item() == pytest.approx(1.0)
 
 
+def samples_of(kind: str, targets: list[int]) -> list[tuple[list[int], int]]:
+    """Each history that a batch teaches a drafter, and the item that followed it."""
+    rows = [[*history, target] for history, target in zip(HISTORIES, targets, strict=True)]
+    if kind != "sid_gr_all":
+        return [(row[:-1], row[-1]) for row in rows]
+    return [(row[:place], row[place]) for row in rows for place in range(len(row))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_states_while_training_are_those_without_the_target(kind: str) -> None:
+def test_no_state_knows_of_its_target(kind: str) -> None:
     model = model_of(kind).eval()
+    assert model.draft is not None
     for targets in ([11, 12, 13, 14], [15, 16, 17, 18]):
-        _, _, states = model.generative_loss(batch(targets), 0)
-        expected = model.history_states(batch(targets))
-        assert torch.equal(states.offsets, expected.offsets)
-        torch.testing.assert_close(states.states_SD, expected.states_SD, atol=1e-5, rtol=1e-5)
+        _, _, samples = model.generative_loss(batch(targets), 0)
+        expected = samples_of(kind, targets)
+        assert samples.target_ids_n.tolist() == [target for _, target in expected]
+        vectors = torch.stack([vector_of(model, history) for history, _ in expected])
+        torch.testing.assert_close(model.draft(samples.states), vectors, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [[11, 12, 13, 14], [11, 12, 11, ITEMS + 5]])
-def test_stage_one_contrasts_targets_of_other_rows(kind: str, targets: list[int]) -> None:
+def test_stage_one_contrasts_the_distinct_targets_of_a_batch(kind: str, targets: list[int]) -> None:
     model = model_of(kind).eval()
     assert model.draft is not None
     plain, _, _ = model.generative_loss(batch(targets), 3)
     loss, scalars = model(batch(targets), 3)
-    histories = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
-    rows = [row for row, target in enumerate(targets) if target <= ITEMS]
-    losses = []
-    for row in rows:
-        query = vector_of(model, histories[row])
-        others = [other for other in rows if other == row or targets[other] != targets[row]]
-        logits = torch.stack([query @ vector_of(model, [targets[other]]) for other in others]) / 0.07
-        losses.append(-(logits.log_softmax(0)[others.index(row)]))
+    samples = [sample for sample in samples_of(kind, targets) if sample[1] <= ITEMS]
+    distinct = sorted({target for _, target in samples})
+    items = torch.stack([vector_of(model, [item]) for item in distinct])
+    losses = [
+        -((items @ vector_of(model, history)) / 0.07).log_softmax(0)[distinct.index(target)]
+        for history, target in samples
+    ]
     draft = torch.stack(losses).mean()
     torch.testing.assert_close(scalars["draft_loss"], draft, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loss, plain + 2.0 * draft, atol=1e-4, rtol=1e-4)
@@ -128,12 +152,14 @@ def test_stage_two_is_the_cross_entropy_over_frozen_items(kind: str) -> None:
     targets = [11, 3, 18, 14]
     plain, _, _ = model.generative_loss(batch(targets), 3)
     loss, scalars = model(batch(targets), 3)
-    expected = []
-    for history, target in zip([[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]], targets, strict=True):
-        if target != 18:
-            expected.append(-((frozen @ vector_of(model, history)) / 0.07).log_softmax(0)[target - 1])
+    samples = samples_of(kind, targets)
+    losses = [
+        -((frozen @ vector_of(model, history)) / 0.07).log_softmax(0)[target - 1]
+        for history, target in samples
+        if target != 18
+    ]
     # The mean is over targets with an ID, of which 18 is one.
-    draft = torch.stack(expected).sum() / 4
+    draft = torch.stack(losses).sum() / len(samples)
     torch.testing.assert_close(scalars["draft_loss"], draft, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(loss, 0.5 * plain + 3.0 * draft, atol=1e-4, rtol=1e-4)
 

@@ -184,3 +184,29 @@ def test_no_tokens_give_no_losses_but_a_graph() -> None:
         result = objective((queries[:0],), nobody, table, DotProduct(), Draws(0, nobody))
         result.losses_T.sum().backward()
         assert result.losses_T.numel() == 0 and table.grad is not None and bool((table.grad == 0).all())
+
+
+@pytest.mark.parametrize("similarity", [DotProduct(), OpaqueDot()], ids=["fused", "general"])
+def test_full_softmax_over_candidates_in_training_alone(similarity: Similarity) -> None:
+    queries, _, table, draws = inputs()
+    trained = CATALOG[COUNTS > 0]
+    positives = trained[torch.arange(TOKENS) % len(trained)]
+    objective = FullSoftmaxLoss(CATALOG, 0.4, True, 1e-6, trained)
+    asked = ((queries,), positives, table, similarity, draws)
+    for training, ids in ((True, trained), (False, CATALOG)):
+        expected = FullSoftmaxLoss(ids, 0.4, True, 1e-6)(*asked).losses_T
+        torch.testing.assert_close(objective.train(training)(*asked).losses_T, expected)
+    # A target of evaluation may be any item.
+    never = torch.full_like(positives, int(CATALOG[1]))
+    assert bool(objective.eval()((queries,), never, table, similarity, draws).losses_T.isfinite().all())
+
+
+def test_popularity_of_trained_items_alone() -> None:
+    sampler = PopularitySampler(CATALOG, COUNTS, trained_only=True)
+    ids = sampler.sample(CATALOG[:1].expand(4000), 25, Draws(3, torch.arange(4000)))
+    share = torch.stack([(ids == i).double().mean() for i in CATALOG])
+    weights = torch.where(COUNTS > 0, COUNTS + 1.0, 0.0).double()
+    torch.testing.assert_close(share, weights / weights.sum(), atol=0.01, rtol=0)
+    assert share[1] == 0
+    log_q = sampler.log_q(10, 20)[CATALOG]
+    torch.testing.assert_close(log_q, (weights.clamp(min=1) / weights.sum()).log().float())

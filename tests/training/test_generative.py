@@ -17,6 +17,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.specgr import SpecGRResult
 from generative_recommenders.serving.export import export
 from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
 from generative_recommenders.serving.histories import Histories
@@ -198,6 +199,10 @@ def test_wider_beams_change_what_is_certified_alone(make: Make) -> None:
     certified = make("beam_search.widths = 2", "beam_search.certify = True").evaluate_checkpoint(folder, "test").metrics
     assert narrow["certified"] < wide["certified"] == certified["certified"] == 1.0
     assert certified["hr@10"] == wide["hr@10"]
+    assert narrow["certified@1"] == narrow["certified"]
+    widths = sorted(int(name.partition("@")[2]) for name in certified if name.startswith("certified@"))
+    shares = [certified[f"certified@{width}"] for width in widths]
+    assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,6 +240,73 @@ def test_removed_items_are_never_listed_and_the_model_stays_good(make: Make) -> 
     after = make()
     lists = after.searcher(after.model())(next(iter(after.batches("test"))))
     assert not bool(torch.isin(lists.items_BK[lists.valid_BK], gone).any())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_specgr_lists_what_its_model_drafts_and_verifies(make: Make, kind: str) -> None:
+    bindings = ["tiger.user_tokens = 0", "draft_head.width = 8", "train_generative.search = 'specgr'"]
+    bindings += ["specgr.draft_size = 12", "specgr.num_beams = 6", "specgr.threshold = -1.5"]
+    experiment = make(*bindings, kind=kind)
+    evaluation, run = experiment.train()
+    measured = evaluation.metrics
+    assert measured["valid"] == 1.0 and measured["duplicates"] == 0.0
+    assert 0.0 <= measured["acceptance"] <= 1.0 and 1.0 <= measured["rounds"] <= 3.0
+    model = experiment.model()
+    find_checkpoint(run).load_model(model)
+    batch = next(iter(experiment.batches("test")))
+    result = experiment.searcher(model.eval())(batch)
+    assert isinstance(result, SpecGRResult)
+    # A threshold that nothing passes fills lists from drafts and beams; one that all pass ends after a round.
+    for threshold, rounds in ((0.0, 3), (-100.0, 1)):
+        own = make(*bindings[:-1], f"specgr.threshold = {threshold}", kind=kind)
+        found = own.searcher(model)(batch)
+        assert isinstance(found, SpecGRResult)
+        assert found.rounds_B.tolist() == [rounds] * batch.size
+    tuned = make(*bindings[:-1], "specgr.target_acceptance = 0.5", kind=kind).searcher(model).specgr
+    assert tuned is not None and tuned.config.threshold not in (-1.4, -1.5)
+    recommender = recommender_of(find_checkpoint(run))
+    history = experiment.dataset.catalog.raw_ids[:3]
+    table = recommender.recommend(Histories(["u"], [history], [None], [None]), 5)
+    assert table["rank"].tolist() == [1, 2, 3, 4, 5] and table["score"].is_monotonic_decreasing
+
+
+def test_specgr_drafts_by_texts_and_by_a_retrieval_model(make: Make, tmp_path: Path) -> None:
+    _, run = make().train()
+    retrieval = ["train_fn.dataset_name = 'toy'", "train_fn.num_epochs = 1", "train_fn.item_embedding_dim = 8"]
+    trained = experiment_of(load([], retrieval), Places(tmp_path, tmp_path / "retrieval"), HERE)
+    _, folder = trained.train()
+    for drafter in ("specgr.drafter = 'semantic_knn'", f"specgr.drafter_checkpoint = '{folder}'"):
+        bindings = ["train_generative.search = 'specgr'", "specgr.draft_size = 12", drafter]
+        bindings += ["specgr.drafter = 'retrieval'"] if "checkpoint" in drafter else []
+        evaluation = make(*bindings).evaluate_checkpoint(run, "test")
+        assert evaluation.metrics["valid"] == 1.0 and evaluation.metrics["acceptance"] > 0.0
+        some = make(*bindings, "specgr.max_eval_steps = 1", "train_generative.eval_batch_size = 7")
+        assert some.evaluate_checkpoint(run, "test").num_users == 7
+    # Every target occurs in training here.
+    nobody = make(*bindings, "specgr.eval_mode = 'unseen'").evaluate_checkpoint(run, "test")
+    assert nobody.num_users < evaluation.num_users
+
+
+def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_path: Path) -> None:
+    config = tmp_path / "drafter.gin"
+    config.write_text(
+        "train_fn.dataset_name = 'toy'\ntrain_fn.num_epochs = 1\ntrain_fn.item_embedding_dim = 8\n"
+        "train_fn.eval_split = 'valid'\n"
+    )
+    bindings = ["train_generative.search = 'specgr'", "specgr.draft_size = 12", "specgr.drafter = 'retrieval'"]
+    bindings.append(f"specgr.drafter_config = '{config}'")
+    with pytest.raises(CheckpointError, match=r"no finished run of .*drafter\.gin"):
+        _ = make(*bindings).drafter
+    evaluation, run = make(*bindings).train()
+    drafters = list((tmp_path / "exps").glob("toy-l200/*/metrics.json"))
+    assert len(drafters) == 1 and evaluation.metrics["acceptance"] > 0.0
+    # It is there now, and is taken as it is.
+    again = make(*bindings).evaluate_checkpoint(run, "test")
+    assert again.metrics == pytest.approx(evaluation.metrics, nan_ok=True)
+    assert list((tmp_path / "exps").glob("toy-l200/*/metrics.json")) == drafters
+    other = f"specgr.drafter_config = '{CONFIGS / 'amzn14-beauty' / 'rqkmeans.gin'}'"
+    with pytest.raises(UserError, match=r"expected a config of main\.experiment = @train_fn|dataset"):
+        _ = make(*bindings[:-1], other).drafter
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -291,9 +363,10 @@ def test_the_search_is_chosen_at_evaluation(make: Make) -> None:
     _, folder = make(kind="parallel-tiger").train()
     exact = make(kind="parallel-tiger").evaluate_checkpoint(folder, "test").metrics
     wide = ("beam_search.widths = 40", "parallel_tiger.decoding = 'beam'", "train_generative.filter_history = False")
-    assert make(*wide, kind="parallel-tiger").evaluate_checkpoint(folder, "test").metrics == pytest.approx(
-        exact, nan_ok=True
-    )
+    beamed = make(*wide, kind="parallel-tiger").evaluate_checkpoint(folder, "test").metrics
+    # Scoring every item keeps no beams, of which the width could be told.
+    assert [name for name in beamed if name not in exact] == ["certified@16"]
+    assert {name: beamed[name] for name in exact} == pytest.approx(exact, nan_ok=True)
     filtered = make("train_generative.filter_history = True", kind="parallel-tiger")
     assert filtered.evaluate_checkpoint(folder, "test").metrics["hr@10"] != exact["hr@10"]
 

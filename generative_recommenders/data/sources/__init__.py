@@ -36,6 +36,7 @@ class RawEvents:
             `textual_id`, `embedding`.
         users: None, or `user_id` int64 ascending and further columns; may list users without events.
         facts: further entries of dataset.json.
+        splits: None, or int8 (E,) where the files hold splits: 0 train, 1 valid, 2 test.
     """
 
     user_ids: np.ndarray
@@ -45,6 +46,7 @@ class RawEvents:
     items: pa.Table
     users: pa.Table | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    splits: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
