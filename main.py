@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data_dir", type=Path, default=Path("tmp"), help="prepared datasets (default tmp)")
     add("--exps_dir", type=Path, default=Path("exps"), help="run folders (default exps)")
     add("--checkpoint", type=Path, help="evaluate, recommend, export: a run folder or one of its checkpoints/step-*")
+    add("--record", type=Path, metavar="FOLDER", help="evaluate: also write its metrics.json into the folder")
     add("--split", choices=("valid", "test"), default="test", help="evaluate: the held-out event (default test)")
     add("--histories", type=Path, help="recommend: parquet, csv or json with item_ids in raw ids")
     add("--output", type=Path, help="recommend: parquet, csv or json to write, default console; export: a folder")
@@ -72,7 +73,7 @@ def _train_or_evaluate(arguments: argparse.Namespace, here: Runtime) -> int:
         if arguments.dry_run:
             lines = [experiment.dry_run()]
         elif arguments.mode == "evaluate":
-            lines = experiment.report(arguments.checkpoint, arguments.split, arguments.top_k_method)
+            lines = experiment.report(arguments.checkpoint, arguments.split, arguments.top_k_method, arguments.record)
         else:
             lines = experiment.run()
     except Interrupted as stopped:

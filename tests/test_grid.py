@@ -358,3 +358,25 @@ def test_end_to_end_with_the_launcher(launch: Launch, tmp_path: Path, monkeypatc
     again = launch(*flags, real=True)
     assert again.status == 0
     assert {path: path.stat().st_mtime_ns for path in folders} == written
+
+
+def test_a_checkpoint_is_evaluated_under_every_combination_and_drawn(
+    launch: Launch, tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    small = [TOY, *SMALL, SMALL_ENCODER["HSTU"][0], "train_fn.num_negatives = 8", "train_fn.num_epochs = 1"]
+    flags = ["--configs", os.fspath(ROOT / DEMO), *(f"--gin_bindings={binding}" for binding in small)]
+    assert launch(*flags, real=True).status == 0
+    (run,) = {path.parent for path in (tmp_path / "out").glob("runs/*/*/*/metrics.json")}
+    swept = [*flags, f"--checkpoint={run}", "--sweep", "train_fn.filter_history=True,False"]
+    outcome = launch(*swept, "--plot", "hr@10", "ndcg@10", real=True)
+    assert outcome.status == 0, outcome.err
+    records = list((tmp_path / "out").glob("runs/*/evaluations/*/metrics.json"))
+    assert len(records) == 2 and all(json.loads(path.read_text())["checkpoint"] == str(run) for path in records)
+    found = {json.loads(path.read_text())["metrics"]["hr@10"] for path in records}
+    assert len(found) == 2
+    assert (tmp_path / "out" / "tradeoff.png").stat().st_size > 5_000
+    # Finished evaluations are kept as finished runs are.
+    again = launch(*swept, "--plot", "hr@10", "nonsense", real=True)
+    assert again.status == 2 and again.err.startswith("error: --plot: got 'nonsense', which no finished run has")
+    assert launch(*flags, "--checkpoint=nowhere", real=True).err.startswith("error: --checkpoint: nowhere is no folder")

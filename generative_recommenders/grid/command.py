@@ -19,6 +19,7 @@ from generative_recommenders.grid.schedule import Grid, Options, State
 from generative_recommenders.grid.store import Store
 from generative_recommenders.grid.sweep import GridError, Sweep
 from generative_recommenders.grid.tables import console_table
+from generative_recommenders.grid.tradeoff import PICTURE, draw_tradeoff
 
 INTERRUPTED_STATUS = 130
 
@@ -43,6 +44,8 @@ def parser(description: str, configs: Sequence[str], out: Path) -> argparse.Argu
     add("--data_dir", type=Path, default=Path("tmp"), help="prepared datasets; default tmp")
     add("--retry_failed", action="store_true", help="run again what failed before")
     add("--timeout_minutes", type=float, metavar="M", help="stop a run that takes longer; it counts as failed")
+    add("--checkpoint", type=Path, metavar="RUN", help="evaluate this run under every combination; nothing is trained")
+    add("--plot", nargs=2, metavar=("X", "Y"), help=f"draw two metrics of all rows against each other: {PICTURE}")
     add("--dry_run", action="store_true", help="list the runs and what is left to do")
     return result
 
@@ -65,6 +68,7 @@ def run_command(
         bindings=arguments.gin_bindings,
         sweeps=[Sweep.read(text) for text in arguments.sweep],
         seeds=_seeds(arguments.seeds),
+        checkpoint=_checkpoint(arguments.checkpoint),
     )
     if not request.configs:
         raise GridError("--configs: not given, expected gin files; try --configs 'configs/ml-1m/*.gin'")
@@ -75,6 +79,7 @@ def run_command(
         gpus=gpus,
         retry_failed=arguments.retry_failed,
         timeout_minutes=_above_zero("--timeout_minutes", arguments.timeout_minutes),
+        checkpoint=request.checkpoint,
     )
     runs = plan(request)
     reasons = {run.broken for run in runs}
@@ -85,10 +90,16 @@ def run_command(
         _list(runs, store)
         return 1 if any(run.broken for run in runs) else 0
     with store.locked():
-        return _run(runs, store, options, command)
+        return _run(runs, store, options, command, arguments.plot)
 
 
-def _run(runs: Sequence[GridRun], store: Store, options: Options, command: Sequence[str] | None) -> int:
+def _run(
+    runs: Sequence[GridRun],
+    store: Store,
+    options: Options,
+    command: Sequence[str] | None,
+    plotted: Sequence[str] | None,
+) -> int:
     screen = display(sys.stdout)
     grid = Grid(runs, store, options, screen, command or (sys.executable, "main.py"))
     screen.say(f"{len(runs)} runs, {options.jobs} at a time; runs, logs and reports in {store.out}")
@@ -105,12 +116,21 @@ def _run(runs: Sequence[GridRun], store: Store, options: Options, command: Seque
         return INTERRUPTED_STATUS
     _say("\n" + console_table(rows))
     _say("\n".join(f"{store.out / name}" for name in ("results.csv", "results.md", "report.html")))
+    if plotted is not None:
+        draw_tradeoff(rows, plotted[0], plotted[1], store.out / PICTURE)
+        _say(str(store.out / PICTURE))
     left = [result for result in results if result.status != s.FINISHED]
     for result in left:
         _say(f"{result.status}: {result.run.title}: {result.error or 'the same command continues it'}")
     if any(result.status == s.FAILED and not result.run.broken for result in left):
         _say("--retry_failed runs what failed once more")
     return 1 if left else 0
+
+
+def _checkpoint(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise GridError(f"--checkpoint: {path} is no folder, expected a run folder or one of its checkpoints/step-*")
+    return None if path is None else path.resolve()
 
 
 def _list(runs: Sequence[GridRun], store: Store) -> None:

@@ -71,6 +71,8 @@ class Request:
     bindings: Sequence[str] = ()
     sweeps: Sequence[Sweep] = ()
     seeds: Sequence[int] = ()
+    # Evaluate this checkpoint, or the newest of this run, instead of training.
+    checkpoint: Path | None = None
 
 
 def plan(request: Request) -> list[GridRun]:
@@ -195,8 +197,9 @@ class _Planner:
         elif resume != "auto":
             raise GridError(f"{name}.resume: got {resume!r}, expected 'auto' or 'never' in a grid; remove the binding")
         ignored = (f"{name}.resume", *_WITHOUT_EFFECT)
-        fingerprint = _digest([config.fingerprint(ignored), identity])
-        row = _digest([config.fingerprint((*ignored, f"{name}.random_seed")), identity])
+        evaluated = [] if self._request.checkpoint is None else [os.fspath(self._request.checkpoint)]
+        fingerprint = _digest([config.fingerprint(ignored), identity, *evaluated])
+        row = _digest([config.fingerprint((*ignored, f"{name}.random_seed")), identity, *evaluated])
         values = _assignments(config.full()) | _assignments(config.operative())
         values.pop(f"{name}.resume", None)
         unused = tuple(config.unused_bindings())

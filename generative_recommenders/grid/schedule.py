@@ -34,13 +34,17 @@ _STOPPED = (0, 130, 143, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
 
 @dataclass(frozen=True)
 class Options:
-    """How runs are run: `gpus` are values of CUDA_VISIBLE_DEVICES, one taken by each of `jobs` places in turn."""
+    """How runs are run: `gpus` are values of CUDA_VISIBLE_DEVICES, one taken by each of `jobs` places in turn.
+
+    With a `checkpoint` it is evaluated under the config of each run, instead of a training.
+    """
 
     data_dir: Path
     jobs: int = 1
     gpus: Sequence[str] = ()
     retry_failed: bool = False
     timeout_minutes: float | None = None
+    checkpoint: Path | None = None
     # How long a run may take to save its checkpoint once it is asked to stop.
     grace_seconds: float = 30.0
 
@@ -191,6 +195,9 @@ class Grid:
             f"--data_dir={self.options.data_dir}",
             f"--exps_dir={exps_dir}",
         ]
+        if self.options.checkpoint is not None:
+            folder = exps_dir / "evaluations" / run.id
+            arguments += ["--mode=evaluate", f"--checkpoint={self.options.checkpoint}", f"--record={folder}"]
         output = Output(exps_dir)
         with output.open() as (out, err):
             process = subprocess.Popen(

@@ -41,8 +41,13 @@ class Experiment(Protocol):
     def run(self) -> list[str]:
         """Train, or continue, to the end."""
 
-    def report(self, checkpoint: Path | None, split: str, top_k_method: str | None) -> list[str]:
-        """Evaluate what was trained: `checkpoint`, or this config's newest where it is None."""
+    def report(
+        self, checkpoint: Path | None, split: str, top_k_method: str | None, record: Path | None = None
+    ) -> list[str]:
+        """Evaluate what was trained: `checkpoint`, or this config's newest where it is None.
+
+        record: folder that gets a `metrics.json` as that of a run.
+        """
 
 
 def experiment_of(config: Config, places: Places, runtime: Runtime) -> Experiment:

@@ -83,12 +83,14 @@ class TokenizerExperiment:
         self._require_place(identity)
         return self._make(embeddings, identity)
 
-    def report(self, checkpoint: Path | None, split: str, top_k_method: str | None) -> list[str]:
+    def report(
+        self, checkpoint: Path | None, split: str, top_k_method: str | None, record: Path | None = None
+    ) -> list[str]:
         """The quality of the IDs that are there."""
-        if checkpoint is not None or top_k_method is not None:
+        if checkpoint is not None or top_k_method is not None or record is not None:
             raise ConfigError(
-                "--checkpoint, --top_k_method: got one, expected neither with main.experiment = @train_tokenizer; "
-                f"its IDs are in {self.folder}"
+                "--checkpoint, --top_k_method, --record: got one, expected none with main.experiment = "
+                f"@train_tokenizer; its IDs are in {self.folder}"
             )
         table = self._whole()
         if table.version > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -18,11 +19,17 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.retrieval import Evaluation
-from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError, Progress, disk_error
+from generative_recommenders.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    disk_error,
+    write_atomically,
+)
 from generative_recommenders.training.environment import environment
 from generative_recommenders.training.experiment import Places
 from generative_recommenders.training.loop import Trainer
-from generative_recommenders.training.reporting import Reporter
+from generative_recommenders.training.reporting import METRICS_FINAL, Reporter
 from generative_recommenders.training.runs import Run, choose_run, find_checkpoint, newest_run
 from generative_recommenders.training.task import Settings, Task
 
@@ -123,9 +130,18 @@ class TrainedExperiment(ABC, Generic[M]):
         evaluation, folder = self.train()
         return [f"curves: tensorboard --logdir {folder.parent}", test_line(evaluation, "test")]
 
-    def report(self, checkpoint: Path | None, split: str, top_k_method: str | None) -> list[str]:
-        """Evaluate; every metric, then the closing line."""
+    def report(
+        self, checkpoint: Path | None, split: str, top_k_method: str | None, record: Path | None = None
+    ) -> list[str]:
+        """Evaluate; every metric, then the closing line. With `record` they are written there too."""
         evaluation = self.evaluate_checkpoint(checkpoint, split, top_k_method)
+        if record is not None and self.runtime.is_main:
+            content = self._record(evaluation, split) | {"seconds": evaluation.seconds, "checkpoint": str(checkpoint)}
+            try:
+                record.mkdir(parents=True, exist_ok=True)
+                write_atomically(record / METRICS_FINAL, json.dumps(content, indent=1) + "\n")
+            except OSError as error:
+                raise disk_error(error, record) from error
         return [*(f"{n:<12} {v:.4f}" for n, v in evaluation.metrics.items()), test_line(evaluation, split)]
 
     def train(self) -> tuple[Evaluation, Path]:
