@@ -155,14 +155,15 @@ class TokenEmbedding(nn.Module):
         return F.embedding(codes + self.level_offsets_L[level], self.table)
 
     def of_users(self, user_ids: Tensor) -> Tensor:
-        """Embeddings of users by the hash of their ids, (…, D).
+        """Embeddings of users by the hash of their ids, (…, D); of an unknown one (a negative id) the mean of all rows.
 
         Raises:
             ValueError: the table has no rows for users.
         """
         if self.users is None:
             raise ValueError("token embedding: got no rows for users; build it with users > 0")
-        return F.embedding(hashed_users(user_ids, self.users.shape[0]), self.users)
+        known = F.embedding(hashed_users(user_ids, self.users.shape[0]), self.users)
+        return torch.where(user_ids[..., None] < 0, self.users.mean(0), known)
 
     def histories(self, table: IdTable, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """Tokens of the histories, (S, D), and their offsets (B + 1,).

@@ -96,6 +96,14 @@ def test_histories_are_user_codes_and_separators() -> None:
         plain.of_users(batch.user_ids_B)
 
 
+def test_an_unknown_user_is_the_mean_of_all_rows_and_no_one_in_particular() -> None:
+    embedding = TokenEmbedding(SIZES, 4, users=10)
+    assert embedding.users is not None
+    found = embedding.of_users(torch.tensor([3, -1]))
+    torch.testing.assert_close(found[1], embedding.users.mean(0))
+    assert torch.equal(found[0], embedding.users[hashed_users(torch.tensor([3]), 10)][0])
+
+
 def test_users_hash_evenly_and_always_alike() -> None:
     rows = hashed_users(torch.arange(20_000), 50)
     counts = torch.bincount(rows, minlength=50)
