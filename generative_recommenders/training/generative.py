@@ -20,7 +20,7 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.loader import Loader
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
-from generative_recommenders.evaluation.drafting import DRAFT_METRICS, evaluate_drafts
+from generative_recommenders.evaluation.drafting import DRAFT_METRICS, Scores, evaluate_drafts
 from generative_recommenders.evaluation.generative import Catalogue, evaluate_lists
 from generative_recommenders.evaluation.metrics import HR_AT, MAX_RANK, NDCG_AT
 from generative_recommenders.evaluation.retrieval import Evaluation
@@ -220,10 +220,14 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             self.catalogue,
             self.plan.experiment.top_k,
         )
-        if model.draft is None:
+        drafter: Scores | None = self.drafter
+        if drafter is None and model.draft is not None:
+            drafter = EncoderDrafter(model)
+        if drafter is None:
             return evaluation
         was_training = model.training
-        drafts = evaluate_drafts(EncoderDrafter(model.eval()), self.batches(split, limit), self.runtime)
+        model.eval()
+        drafts = evaluate_drafts(drafter, self.batches(split, limit), self.runtime, self.catalogue.trained_V)
         model.train(was_training)
         return replace(evaluation, metrics=evaluation.metrics | drafts)
 

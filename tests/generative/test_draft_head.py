@@ -187,7 +187,10 @@ def test_scores_are_products_of_vectors_and_unknown_ids_have_none() -> None:
     assert scores_BV[3, 2].item() == pytest.approx(expected.item(), abs=1e-5)
     own = scores_BV.gather(1, asked.target_ids_B[:, None])
     ranks = (scores_BV >= own).sum(1)
-    metrics = evaluate_drafts(drafter, [asked, asked], Runtime(0, 1, torch.device("cpu")))
+    trained = torch.arange(ITEMS + 1) <= 12
+    metrics = evaluate_drafts(drafter, [asked, asked], Runtime(0, 1, torch.device("cpu")), trained)
+    assert metrics["draft_hr@10_warm"] == pytest.approx((ranks[:2] <= 10).double().mean().item())
+    assert metrics["draft_hr@10_cold"] == pytest.approx((ranks[2:] <= 10).double().mean().item())
     assert metrics["draft_hr@10"] == pytest.approx((ranks <= 10).double().mean().item())
     assert metrics["draft_hr@50"] == 1.0
 
