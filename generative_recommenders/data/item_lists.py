@@ -10,6 +10,7 @@ Places in the list stand for times. Lists are kept whole: histories are cut when
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,25 +61,35 @@ def read(raw: RawFiles) -> ItemLists:
     if odd is not None:
         user = list(lists)[int(np.searchsorted(counts.cumsum(), odd, side="right"))]
         raise DataError(f"{where}, user {user!r}: got the item {flat[odd]!r}, expected an integer or text")
-    users = pa.array(list(lists), pa.string()).take(pa.array(np.repeat(np.arange(len(lists)), counts)))
+    try:
+        names_U, names_E = pa.array(list(lists), pa.string()), pa.array([str(item) for item in flat], pa.string())
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: got an id that is no Unicode text ({error.reason}); fix the file") from error
+    users = names_U.take(pa.array(np.repeat(np.arange(len(lists)), counts)))
     items: dict[str, dict[str, Any]] = {}
     for name in names[len(events) :]:
         items |= {key: value for key, value in _object(raw, name, "an object an item").items() if _is_object(value)}
-    return ItemLists(_events(users, pa.array([str(item) for item in flat], pa.string()), counts, where), items, where)
+    return ItemLists(_events(users, names_E, counts, where), items, where)
 
 
 def events_of_rows(rows: pa.Table, where: str) -> pa.Table:
     """The events of a table with `user_id` and lists in `sequence_data`.
 
     Raises:
-        DataError: `sequence_data` holds no lists of integers or text.
+        DataError: `sequence_data` holds no lists of integers or text, or a user has several rows.
     """
     column = rows[SEQUENCE].combine_chunks()
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         raise DataError(f"{where}, column {SEQUENCE}: got type {kind}, expected lists of item ids; convert the column")
-    if not (pa.types.is_integer(kind.value_type) or pa.types.is_string(kind.value_type)):
+    value = kind.value_type
+    if not (pa.types.is_integer(value) or pa.types.is_string(value) or pa.types.is_large_string(value)):
         raise DataError(f"{where}, column {SEQUENCE}: got {kind}, expected lists of integers or text")
+    per_user = pc.value_counts(rows[USER].combine_chunks())
+    most = int(pc.index(per_user.field("counts"), pc.max(per_user.field("counts"))).as_py()) if len(per_user) else 0
+    if len(per_user) < rows.num_rows:
+        user, times = (per_user[most][name].as_py() for name in ("values", "counts"))
+        raise DataError(f"{where}: got {times} rows of user {user!r}, expected one row a user; join them in order")
     counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     owners = pa.array(np.repeat(np.arange(rows.num_rows), counts))
     flat = pc.list_flatten(column)
@@ -115,8 +126,15 @@ def _is_object(value: object) -> bool:
 
 
 def _object(raw: RawFiles, name: str, expected: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise DataError(f"{raw.where(name)}: got {twice!r} twice, expected every key once; join the entries")
+        return found
+
     try:
-        content = json.loads(raw.read(name).to_pybytes())
+        content = json.loads(raw.read(name).to_pybytes(), object_pairs_hook=unique)
     except ValueError as error:
         raise DataError(f"{raw.where(name)}: not JSON ({error}); get the file again") from error
     if not isinstance(content, dict):

@@ -37,6 +37,7 @@ SEQUENCES_FILE = "sequences.parquet"
 ITEMS_FILE = "items.parquet"
 METADATA_FILE = "dataset.json"
 CSV_FILE = "sasrec_format.csv"
+IDS_FOLDER = "semantic_ids"
 SEQUENCES_SCHEMA = pa.schema(
     {
         "user_id": pa.int64(),
@@ -108,6 +109,8 @@ def prepare(
     if current is not None:
         return Prepared(folder, current, written=False)
 
+    if not force:
+        _refuse_to_replace(folder, options)
     events = source.read(files)
     if shuffle_ties is not None and "timestamps" in events.facts:
         raise DataError(
@@ -142,6 +145,21 @@ def prepare(
     }
     _write(folder, sequences if divided is None else divided, items, metadata, source.csv_id_shift if csv else None)
     return Prepared(folder, metadata, written=True)
+
+
+def _refuse_to_replace(folder: Path, options: Mapping[str, Any]) -> None:
+    """A folder of other options goes when it is written anew, and with it IDs that trained models may know."""
+    if not (folder / IDS_FOLDER).is_dir():
+        return
+    try:
+        before = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8")).get("options")
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before != options:
+        raise DataError(
+            f"{folder}: was prepared with {before}, got {options}, and holds semantic IDs, which would be lost; "
+            "try another --name, or --force"
+        )
 
 
 def user_order(user_ids: np.ndarray, timestamps: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 Items count from 1 by the split that they first appear in: first those of train, then those that valid adds, then those
 that test adds, then those that are in none; inside each in the order of their old ids. So an item is new to a split
-where its id is above a number. `items.parquet` keeps what joins other files to the items:
+where its id is above a number. An event counts for the split it lies in though no row may hold it, such as a user's
+only one: what a model has not been trained on is `PreparedDataset.unseen_items`, which goes by the rows.
+`items.parquet` keeps what joins other files to the items:
 
     first_split      0 train, 1 valid, 2 test, 3 in none
     source_item_id   the id that the item has in the dataset without splits; files of embeddings go by it

@@ -37,7 +37,7 @@ from generative_recommenders.data.embedding_files import COLUMN, embedding_colum
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import write_failure
 from generative_recommenders.data.item_tables import with_item_table
-from generative_recommenders.data.split_files import SOURCE_ITEM_ID
+from generative_recommenders.data.split_files import FIRST_SPLIT, SOURCE_ITEM_ID
 from generative_recommenders.data.text_encoders import TextEncoder, text_encoder
 from generative_recommenders.data.text_templates import item_texts, template_of, text_columns
 
@@ -112,16 +112,20 @@ def embed_items(
     texts = item_texts(items, chosen, strict=template is not None)
     _check_texts(texts, item_ids, chosen)
     made = text_encoder(encoder, dimension=dimension, path=path, batch_size=batch_size)
-    key = _hash(made.settings, item_ids, "\0".join(f"{len(text)} {text}" for text in texts).encode())
+    fitted = _fitted_texts(items, texts)
+    content = "\0".join(f"{len(text)} {text}" for text in texts)
+    if len(fitted) < len(texts):
+        content += f"\0fitted on {hashlib.sha256(chr(0).join(fitted).encode()).hexdigest()}"
+    key = _hash(made.settings, item_ids, content.encode())
     if not cache:
-        values = _encoded(made, texts, None)
+        values = _encoded(made, texts, fitted, None)
         return Embeddings(item_ids, values, _fingerprint(made.settings, item_ids, values))
     folder = dataset_folder / FOLDER / f"{made.name}-{key[:_HASH_LETTERS]}"
     kept = _kept(folder, key, made.settings, item_ids)
     if kept is not None:
         _check_dimension(dimension, kept.values_ND, str(folder))
         return kept
-    return _keep(folder, key, made, item_ids, texts, chosen)
+    return _keep(folder, key, made, item_ids, texts, fitted, chosen)
 
 
 def _read_items(folder: Path, *, with_embedding: bool) -> pa.Table:
@@ -169,10 +173,18 @@ def _check_texts(texts: list[str], item_ids: Tensor, template: str) -> None:
         logger.warning("%d of %d items have no text, the first is item %d", len(empty), len(texts), first)
 
 
-def _encoded(encoder: TextEncoder, texts: Sequence[str], folder: Path | None) -> Tensor:
+def _fitted_texts(items: pa.Table, texts: list[str]) -> list[str]:
+    """What an encoder may be fitted on: where splits hold items out of training, the texts of those that are in it."""
+    if FIRST_SPLIT not in items.column_names:
+        return texts
+    inside = [split == 0 for split in items[FIRST_SPLIT].to_pylist()]
+    return [text for text, kept in zip(texts, inside, strict=True) if kept]
+
+
+def _encoded(encoder: TextEncoder, texts: Sequence[str], fitted: Sequence[str], folder: Path | None) -> Tensor:
     """(N, D) float32; with a folder, from the shards in it as far as they go, and further ones are written."""
     distinct = sorted(set(texts))
-    encoder.begin(distinct)
+    encoder.begin(sorted(set(fitted)))
     if folder is not None:
         # Only now: an encoder that cannot begin leaves no folder.
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,14 +229,20 @@ def _kept(folder: Path, key: str, settings: dict[str, object], item_ids: Tensor)
 
 
 def _keep(
-    folder: Path, key: str, encoder: TextEncoder, item_ids: Tensor, texts: list[str], template: str
+    folder: Path,
+    key: str,
+    encoder: TextEncoder,
+    item_ids: Tensor,
+    texts: list[str],
+    fitted: list[str],
+    template: str,
 ) -> Embeddings:
     try:
         (folder / METADATA_FILE).unlink(missing_ok=True)
         done = len(list(folder.glob("shard-*.safetensors")))
         if done:
             logger.info("%s: going on after %d shards of %d texts", folder, done, SHARD_TEXTS)
-        values = _encoded(encoder, texts, folder)
+        values = _encoded(encoder, texts, fitted, folder)
         encoder.save(folder)
         _write_tensors(folder / VALUES_FILE, {"item_ids": item_ids, "values": values})
         fingerprint = _fingerprint(encoder.settings, item_ids, values)

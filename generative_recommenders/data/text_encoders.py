@@ -45,7 +45,7 @@ class TextEncoder(Protocol):
     settings: dict[str, Any]
 
     def begin(self, texts: Sequence[str]) -> None:
-        """Load or fit what `encode` needs; `texts` are all that will be encoded. Raises `DataError`."""
+        """Load what `encode` needs, or fit it to `texts`, those of the items in training. Raises `DataError`."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(n, D) float32, rows of length 1 or 0. Raises `DataError`."""

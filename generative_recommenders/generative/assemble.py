@@ -72,6 +72,12 @@ class Plan:
                 f"tiger.user_tokens: got {model.user_tokens} with draft_head.width = {draft.width}, expected 0: items "
                 "are encoded too, and have no user"
             )
+        if draft.finetune_epochs and experiment.early_stopping_patience:
+            raise ConfigError(
+                f"train_generative.early_stopping_patience: got {experiment.early_stopping_patience} with "
+                f"draft_head.finetune_epochs = {draft.finetune_epochs}, expected 0: stopping in stage one would leave "
+                "out stage two; the best epoch of both is kept anyway"
+            )
         if draft.finetune_epochs > experiment.num_epochs:
             raise ConfigError(
                 f"draft_head.finetune_epochs: got {draft.finetune_epochs}, expected at most "
@@ -182,9 +188,14 @@ def build_model(
     return model
 
 
+def joined_ids(tables: Sequence[SemanticIds]) -> SemanticIds:
+    """The one table, or that of all modalities side by side."""
+    return tables[0] if len(tables) == 1 else joint_ids(*tables)
+
+
 def build_trie(tables: Sequence[SemanticIds], device: torch.device) -> Trie:
     """The trie of all active items; histories may hold what was removed, lists may not."""
-    table = tables[0] if len(tables) == 1 else joint_ids(*tables)
+    table = joined_ids(tables)
     return Trie.build(table.codes_NL, table.sizes, table.item_ids_N, table.active_N).to(device)
 
 
@@ -201,8 +212,7 @@ def candidate_filter(
     """
     if candidates == "all":
         return None
-    table = tables[0] if len(tables) == 1 else joint_ids(*tables)
-    inside_N = torch.isin(table.item_ids_N, trained_ids)
+    inside_N = torch.isin(joined_ids(tables).item_ids_N, trained_ids)
     allowed = trie.allow(inside_N if candidates == "in_sample" else ~inside_N)
     if not bool(allowed.items.any()):
         raise ConfigError(
@@ -265,8 +275,8 @@ def build_searcher(
     e, specgr = plan.experiment, None
     allowed = candidate_filter(trie, tables, e.candidates, trained_ids)
     if plan.specgr is not None:
-        in_sample = candidate_filter(trie, tables, "in_sample", trained_ids)
-        assert in_sample is not None
+        # None of the items may be left that training has seen.
+        in_sample = trie.allow(torch.isin(joined_ids(tables).item_ids_N, trained_ids))
         verifier: GenerativeModel[Any] = model
         specgr = SpecGR(verifier, trie, drafter or EncoderDrafter(model), plan.specgr, in_sample)
     return Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed, specgr)

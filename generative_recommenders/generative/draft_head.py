@@ -119,6 +119,7 @@ class DraftHead(nn.Module):
 
     frozen_nW: Tensor
     trained_n: Tensor
+    threshold: Tensor
 
     def __init__(self, config: DraftConfig, dim: int) -> None:
         super().__init__()
@@ -126,6 +127,8 @@ class DraftHead(nn.Module):
         self.projection = nn.Linear(dim, config.width)
         self.register_buffer("frozen_nW", torch.empty(0, config.width))
         self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
+        # Of SpecGR, as it was tuned for these weights last; NaN where it never was.
+        self.register_buffer("threshold", torch.tensor(math.nan, dtype=torch.float64))
 
     @property
     def in_stage_two(self) -> bool:

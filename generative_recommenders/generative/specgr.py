@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.distributed.runtime import all_gather_concat
 from generative_recommenders.errors import UserError
 from generative_recommenders.generative.beam_items import excluded_history, leaf_order
 from generative_recommenders.generative.beam_result import BeamResult, slots_of
@@ -160,7 +161,8 @@ class SpecGR(Generic[C]):
     ) -> SpecGR[C]:
         """The same with the threshold that accepts `config.target_acceptance` of the first round's drafts of `batches`.
 
-        A per-request filter does not fit several batches. Itself where the target is 0.
+        Those are the batches of this rank; the threshold is that of all ranks' drafts, which must call it together. A
+        per-request filter does not fit several batches. Itself where the target is 0.
         """
         if not self.config.target_acceptance:
             return self
@@ -169,7 +171,7 @@ class SpecGR(Generic[C]):
             for batch in batches
             if batch.size
         ]
-        scores_X = torch.cat([torch.empty(0, device=self.trie.device), *parts])
+        scores_X = all_gather_concat(torch.cat([torch.empty(0, device=self.trie.device), *parts]))
         return self.with_threshold(threshold_for(scores_X, self.config.target_acceptance))
 
     def with_threshold(self, threshold: float) -> SpecGR[C]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import ConfigError, Main, load
 from generative_recommenders.data.dataset import Catalog, read_catalog
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.preprocess import IDS_FOLDER
 from generative_recommenders.data.users import USERS_FILE, read_users
 from generative_recommenders.generative.assemble import (
     GenerativeRecommender,
@@ -29,7 +31,7 @@ from generative_recommenders.serving.recommender import HistoryRecommender, Reco
 from generative_recommenders.tokenizers.importers import level_names
 from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointError
-from generative_recommenders.training.generative import IDS_FOLDER, UNSEEN_ITEMS
+from generative_recommenders.training.generative import UNSEEN_ITEMS
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class GeneratedRecommender(HistoryRecommender):
         model = build_model(plan, tables).to(device)
         checkpoint.load_model(model, device)
         model.eval()
+        plan = _tuned(plan, model)
         e, place = plan.experiment, torch.device(device)
         trie, catalog = build_trie(tables, place), read_catalog(checkpoint.path / "items.parquet")
         trained_ids = _trained_ids(checkpoint, catalog, plan)
@@ -143,12 +146,14 @@ def _check_drafter(plan: Plan) -> None:
             f"specgr.drafter: got {plan.specgr.drafter!r}, which a checkpoint of the generative model does not hold, "
             "expected 'encoder'; try a model trained with train_generative.search = 'beam'"
         )
-    if plan.specgr.target_acceptance:
-        logger.warning(
-            "specgr.target_acceptance = %g is tuned on valid; recommending takes specgr.threshold = %g",
-            plan.specgr.target_acceptance,
-            plan.specgr.threshold,
-        )
+
+
+def _tuned(plan: Plan, model: GenerativeRecommender) -> Plan:
+    """The plan with the threshold that was tuned for the weights, where one was."""
+    if plan.specgr is None or not plan.specgr.target_acceptance or model.draft is None:
+        return plan
+    threshold = float(model.draft.threshold)
+    return plan if math.isnan(threshold) else replace(plan, specgr=replace(plan.specgr, threshold=threshold))
 
 
 def _trained_ids(checkpoint: Checkpoint, catalog: Catalog, plan: Plan) -> Tensor:

@@ -15,26 +15,33 @@ from generative_recommenders.retrieval.text_items import whitened
 from generative_recommenders.training.checkpoint import CheckpointError
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.item_texts import TextSource, item_embeddings
-from generative_recommenders.training.reporting import METRICS_FINAL
-from generative_recommenders.training.runs import find_checkpoint, newest_run
+from generative_recommenders.training.runs import find_checkpoint, newest_finished
 from generative_recommenders.training.trained import TrainedExperiment
 
 logger = logging.getLogger(__name__)
 
 
-def trained_drafter(config_file: str, places: Places, runtime: Runtime, *, train: bool) -> Path:
+def trained_drafter(
+    config_file: str, dataset: PreparedDataset, places: Places, runtime: Runtime, *, train: bool
+) -> Path:
     """The newest finished run of a config of `train_fn`; with `train` it is trained first where there is none.
 
     All ranks must call it together.
 
     Raises:
-        ConfigError: the config is of another experiment. CheckpointError: there is no finished run and `train` is off.
+        ConfigError: the config is of another experiment or of other data than `dataset`. CheckpointError: there is no
+            finished run and `train` is off.
     """
     experiment = experiment_of(load([config_file]), places, runtime)
     if not isinstance(experiment, TrainedExperiment) or experiment.prefix != "train_fn":
         raise ConfigError(f"specgr.drafter_config: got {config_file}, expected a config of main.experiment = @train_fn")
-    found = newest_run(experiment.group, experiment.identity()) if runtime.is_main else None
-    finished = runtime.from_main(str(found) if found is not None and (found / METRICS_FINAL).exists() else "")
+    if experiment.dataset.fingerprint != dataset.fingerprint:
+        raise ConfigError(
+            f"specgr.drafter_config: got {config_file} on dataset {experiment.dataset.name!r}, expected the generative "
+            f"model's, {dataset.name!r} as it is now; bind train_fn.dataset_name in it"
+        )
+    found = newest_finished(experiment.group, experiment.identity()) if runtime.is_main else None
+    finished = runtime.from_main("" if found is None else str(found))
     if finished:
         return Path(finished)
     if not train:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import Config, ConfigError, load
@@ -18,6 +19,7 @@ from generative_recommenders.data.collate import Split
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.loader import Loader
+from generative_recommenders.data.preprocess import IDS_FOLDER
 from generative_recommenders.data.users import USERS_FILE, write_users
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.evaluation.drafting import DRAFT_METRICS, Scores, evaluate_drafts
@@ -54,7 +56,6 @@ logger = logging.getLogger(__name__)
 
 # Bindings that do not change what is computed, so a run may be continued under other values of them.
 _NOT_IDENTITY = ("train_generative.resume", "train_generative.num_workers", "train_tokenizer.resume")
-IDS_FOLDER = "semantic_ids"
 # Of the validation split, to tune SpecGR's threshold on.
 _TUNING_BATCHES = 16
 # Among the facts of a checkpoint, ids of items that no training event has.
@@ -156,6 +157,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
     def batches(self, split: str, limit: int | None = None) -> Iterable[SequenceBatch]:
         """Batches of a held-out split, as this rank sees them; `limit` of them hold users from all over the split."""
         users, specgr = self.splits.named(split), self.plan.specgr
+        # A choice of users is one of evaluating a checkpoint; what training selects by is everybody.
+        specgr = None if self.trains else specgr
         if specgr is not None and specgr.eval_mode != "all":
             trained_V = self.catalogue.trained_V.cpu()
             users = users.with_targets(trained_V if specgr.eval_mode == "in_sample" else ~trained_V)
@@ -184,7 +187,11 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             loader = self._loader(self.splits.valid, self.plan.experiment.eval_batch_size, shuffle=True)
             batches = itertools.islice(loader.epoch(0), _TUNING_BATCHES)
             on_device = (batch.to(self.runtime.device) for batch in batches)
-            searcher.specgr = searcher.specgr.calibrated(on_device, allowed=searcher.allowed)
+            searcher.specgr = searcher.specgr.calibrated(
+                on_device, allowed=searcher.allowed, exclude_history=self.plan.experiment.filter_history
+            )
+            if model.draft is not None:
+                model.draft.threshold.fill_(searcher.specgr.config.threshold)
         return searcher
 
     @cached_property
@@ -199,7 +206,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         if specgr.drafter_checkpoint:
             run = Path(specgr.drafter_checkpoint)
         else:
-            run = trained_drafter(specgr.drafter_config, self.places, self.runtime, train=self.trains)
+            run = trained_drafter(specgr.drafter_config, self.dataset, self.places, self.runtime, train=self.trains)
         return retrieval_drafter(run, self.dataset, self.runtime)
 
     @cached_property
@@ -207,20 +214,25 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         """What metrics need of the items; trained are those that are a target or in a history of the training split."""
         ids = IdTable(*self.tables)
         trained_V = self.dataset.trained_items(self.splits.train.ignore_last_n)
+        # Items that were added since are listed too.
+        added = int(ids.item_ids_N[-1]) + 1 - len(trained_V)
+        trained_V = F.pad(trained_V, (0, max(0, added)))
         codes_VL = ids.codes_of_items(torch.arange(len(trained_V)))
         device = self.runtime.device
-        return Catalogue(codes_VL.to(device), trained_V.to(device), len(self.dataset.catalog))
+        listed = torch.cat([self.dataset.catalog.item_ids, ids.item_ids_N]).unique()
+        return Catalogue(codes_VL.to(device), trained_V.to(device), len(listed))
 
     def evaluate(self, model: GenerativeRecommender, split: str, limit: int | None = None) -> Evaluation:
+        searcher = self.searcher(model)
         evaluation = evaluate_lists(
             model,
-            self.searcher(model),
+            searcher,
             self.batches(split, limit),
             self.runtime,
             self.catalogue,
             self.plan.experiment.top_k,
         )
-        drafter: Scores | None = self.drafter
+        drafter: Scores | None = searcher.specgr.drafter if searcher.specgr is not None else None
         if drafter is None and model.draft is not None:
             drafter = EncoderDrafter(model)
         if drafter is None:

@@ -130,6 +130,18 @@ def newest_run(group: Path, identity: str | None = None) -> Path | None:
     return max(candidates, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
+def newest_finished(group: Path, identity: str) -> Path | None:
+    """The newest run that went to its end, of one identity but on any number of ranks."""
+    computed = identity.rpartition("-w")[0]
+    folders = (note.parent for note in group.glob(f"*/{_IDENTITY}"))
+    finished = [
+        folder
+        for folder in folders
+        if (_identity_of(folder) or "").rpartition("-w")[0] == computed and (folder / METRICS_FINAL).exists()
+    ]
+    return max(finished, key=lambda folder: (folder / METRICS_FINAL).stat().st_mtime, default=None)
+
+
 def find_checkpoint(path: Path, prefer_best: bool = True) -> Checkpoint:
     """A checkpoint directory itself, or the latest of a run folder; the best of a finished run if `prefer_best`.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from generative_recommenders.config import Config, ConfigError
 from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
+from generative_recommenders.data.preprocess import IDS_FOLDER
 from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import one_line
@@ -51,7 +52,7 @@ class TokenizerExperiment:
         self.runtime = runtime
         s = self.settings
         self.dataset = PreparedDataset.load(places.data_dir, s.dataset_name)
-        self.folder = places.data_dir / s.dataset_name / "semantic_ids" / s.name
+        self.folder = places.data_dir / s.dataset_name / IDS_FOLDER / s.name
         self.run_folder = places.exps_dir / f"{s.dataset_name}-semantic-ids" / s.name
 
     def dry_run(self) -> str:

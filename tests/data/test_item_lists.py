@@ -72,6 +72,16 @@ def test_sequences_of_a_parquet_file_keep_the_newest_items(tmp_path: Path) -> No
     assert [dataset.catalog.raw_ids[i - 1] for i in batch.item_ids_T.tolist()] == ["6", "7"]
 
 
+def test_a_user_has_one_row_of_a_parquet_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    texts = pa.array([["b"], ["a", "b", "c"], ["c"]], pa.list_(pa.large_string()))
+    pq.write_table(pa.table({"user_id": [7, 9, 9], "sequence_data": texts}), file)
+    with pytest.raises(DataError, match=r"got 2 rows of user .*9.*, expected one row a user"):
+        prepared(file, tmp_path)
+    pq.write_table(pa.table({"user_id": [7, 9, 8], "sequence_data": texts}), file)
+    assert lists_of(prepared(file, tmp_path)) == [["b"], ["c"], ["a", "b", "c"]]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -80,6 +90,8 @@ def test_sequences_of_a_parquet_file_keep_the_newest_items(tmp_path: Path) -> No
         ('{"a": 3}', "user 'a': got int, expected a list of items"),
         ('{"a": [1, 2], "b": [1, 1.5]}', "user 'b': got the item 1.5, expected an integer or text"),
         ('{"a": [1, true]}', "user 'a': got the item True"),
+        ('{"a": [1], "a": [2]}', "got 'a' twice, expected every key once"),
+        ('{"a": ["\\ud800"]}', "got an id that is no Unicode text"),
         ('{"a": []}', "got no events, expected lists of items"),
     ],
 )

@@ -296,3 +296,18 @@ def test_events_of_an_unlisted_item_or_user_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="user 2 has events but is not listed"):
         sequences_table(events)
+
+
+def test_semantic_ids_are_not_lost_to_other_options(raw: Path, tmp_path: Path) -> None:
+    source = sources.get("custom")
+    prepare(source, raw=raw, data_dir=tmp_path, name="own")
+    ids = tmp_path / "own" / "semantic_ids" / "kept.txt"
+    ids.parent.mkdir()
+    ids.touch()
+    # The same again is nothing to do.
+    assert not prepare(source, raw=raw, data_dir=tmp_path, name="own").written
+    with pytest.raises(DataError, match="holds semantic IDs, which would be lost; try another --name, or --force"):
+        prepare(source, raw=raw, data_dir=tmp_path, name="own", shuffle_ties=1)
+    assert ids.exists()
+    assert prepare(source, raw=raw, data_dir=tmp_path, name="own", shuffle_ties=1, force=True).written
+    assert not ids.exists()

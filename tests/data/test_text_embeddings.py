@@ -435,3 +435,16 @@ def test_neighborhoods_on_beauty_are_those_of_a_language_model(tmp_path: Path) -
 
     agree = (nearest(found.values_ND)[:, :, None] == nearest(vectors)[:, None, :]).any(2).float().mean()
     assert agree > 0.4
+
+
+def test_texts_of_items_that_are_held_out_change_no_trained_item(tmp_path: Path) -> None:
+    rows = list(range(len(TITLES)))
+    split = pa.array([0] * (len(rows) - 3) + [1, 2, 3], pa.int8())
+    changed = [*TITLES[:-3], "entirely other words", "of things to come", "that nobody has seen"]
+    one = embed_items(write_items(tmp_path / "one", rows, first_split=split), encoder="hashed")
+    other = embed_items(write_items(tmp_path / "two", rows, first_split=split, title=changed), encoder="hashed")
+    assert torch.equal(one.values_ND[:-3], other.values_ND[:-3])
+    assert not torch.equal(one.values_ND[-3:], other.values_ND[-3:])
+    # Without splits all items are there to be fitted on, and what was kept of either is not taken for the other.
+    whole = embed_items(write_items(tmp_path / "one", rows), encoder="hashed")
+    assert not torch.equal(whole.values_ND, one.values_ND)

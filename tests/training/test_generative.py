@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,7 @@ def test_both_stages_of_a_drafting_model_can_be_cut_short(
 ) -> None:
     bindings = ("tiger.user_tokens = 0", "draft_head.width = 8", "draft_head.finetune_epochs = 2")
     bindings += ("train_generative.num_epochs = 4", "train_generative.early_stopping_metric = 'draft_hr@10'")
+    bindings += ("train_generative.early_stopping_patience = 0",)
     whole, folder = make(*bindings, kind=kind, exps="whole").train()
     assert 0.0 < whole.metrics["draft_hr@10"] <= 1.0
     assert "-draft8-" in folder.name
@@ -262,8 +264,22 @@ def test_specgr_lists_what_its_model_drafts_and_verifies(make: Make, kind: str) 
         found = own.searcher(model)(batch)
         assert isinstance(found, SpecGRResult)
         assert found.rounds_B.tolist() == [rounds] * batch.size
-    tuned = make(*bindings[:-1], "specgr.target_acceptance = 0.5", kind=kind).searcher(model).specgr
-    assert tuned is not None and tuned.config.threshold not in (-1.4, -1.5)
+    target = (*bindings[:-1], "specgr.target_acceptance = 0.5")
+    for filtered in (True, False):
+        # Tuned for the lists as they are searched: half of the first round's drafts of valid are accepted.
+        own = make(*target, f"train_generative.filter_history = {filtered}", kind=kind)
+        specgr = own.searcher(model).specgr
+        assert specgr is not None
+        scores = [specgr.first_scores(b, exclude_history=filtered) for b in own.batches("valid")]
+        drafted = torch.cat([s[s > -torch.inf] for s in scores])
+        accepted = (drafted > specgr.config.threshold).double().mean().item()
+        assert accepted == pytest.approx(0.5, abs=0.01)
+    # What was tuned in training is what a recommender takes.
+    _, tuned_run = make(*target, kind=kind).train()
+    tuned = recommender_of(find_checkpoint(tuned_run))
+    assert isinstance(tuned, GeneratedRecommender) and tuned.searcher.specgr is not None
+    assert tuned.model.draft is not None
+    assert tuned.searcher.specgr.config.threshold == float(tuned.model.draft.threshold) != -1.4
     recommender = recommender_of(find_checkpoint(run))
     history = experiment.dataset.catalog.raw_ids[:3]
     table = recommender.recommend(Histories(["u"], [history], [None], [None]), 5)
@@ -282,9 +298,12 @@ def test_specgr_drafts_by_texts_and_by_a_retrieval_model(make: Make, tmp_path: P
         assert evaluation.metrics["valid"] == 1.0 and evaluation.metrics["acceptance"] > 0.0
         some = make(*bindings, "specgr.max_eval_steps = 1", "train_generative.eval_batch_size = 7")
         assert some.evaluate_checkpoint(run, "test").num_users == 7
-    # Every target occurs in training here.
     nobody = make(*bindings, "specgr.eval_mode = 'unseen'").evaluate_checkpoint(run, "test")
     assert nobody.num_users < evaluation.num_users
+    # Training selects by all users, whatever is asked of an evaluation.
+    whole, folder = make(*bindings, "specgr.max_eval_steps = 1", "train_generative.eval_batch_size = 7").train()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {line["users"] for line in lines} == {whole.num_users} and whole.num_users > 7
 
 
 def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_path: Path) -> None:
@@ -304,6 +323,21 @@ def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_pa
     again = make(*bindings).evaluate_checkpoint(run, "test")
     assert again.metrics == pytest.approx(evaluation.metrics, nan_ok=True)
     assert list((tmp_path / "exps").glob("toy-l200/*/metrics.json")) == drafters
+    # A run that was cut short later, or another number of ranks, does not hide it.
+    (finished,) = (path.parent for path in drafters)
+    newer = finished.parent / "newer"
+    shutil.copytree(finished, newer)
+    (newer / "metrics.json").unlink()
+    identity = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps({"identity": identity["identity"].replace("-w1", "-w2")}))
+    drafter = make(*bindings).drafter
+    assert drafter is not None
+    elsewhere = tmp_path / "elsewhere.gin"
+    elsewhere.write_text(config.read_text().replace("'toy'", "'other'"))
+    shutil.copytree(tmp_path / "toy", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"on dataset 'other', expected the generative model's, 'toy'"):
+        make(*bindings[:-1], f"specgr.drafter_config = '{elsewhere}'").train()
+    assert not list((tmp_path / "exps").glob("other-*"))
     other = f"specgr.drafter_config = '{CONFIGS / 'amzn14-beauty' / 'rqkmeans.gin'}'"
     with pytest.raises(UserError, match=r"expected a config of main\.experiment = @train_fn|dataset"):
         _ = make(*bindings[:-1], other).drafter
@@ -323,6 +357,9 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
     add_items(folder, [new], vectors, raw_ids=["brand-new"])
     grown = recommender.with_ids(load_current(folder))
     asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[:3]], [None], [None])
+    # Metrics of what the catalogue is now, with ids beyond those of the dataset.
+    evaluated = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", kind=kind)
+    assert evaluated.evaluate_checkpoint(run, "test").metrics["valid"] == 1.0
     everything = len(old) + 1
     before, after = (r.recommend(asked, everything, filter_history=False) for r in (recommender, grown))
     assert set(after["item_id"]) - set(before["item_id"]) == {"brand-new"}
@@ -351,6 +388,7 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
         (["beam_search.widths = 0"], "beam_search.widths"),
         (["beam_search.widths = (3, 3)"], "levels"),
         (["train_generative.dataset_name = 'toys'"], "toys"),
+        (["tiger.user_tokens = 0", "draft_head.width = 8", "draft_head.finetune_epochs = 1"], "leave out stage two"),
     ],
 )
 def test_mistakes_are_told_in_one_line(make: Make, bindings: list[str], told: str) -> None:
