@@ -57,7 +57,9 @@ class HSTUConfig:
     num_blocks, num_heads: layers and heads. dqk, dv: width of a head's queries/keys and of its values.
     linear_dropout_rate: dropout before the output projection. attn_dropout_rate: dropout of attention weights.
     normalization: "rel_bias" and "hstu_rel_bias" are the SiLU attention above; "softmax_rel_bias" is one softmax head.
-    linear_activation: applied to all of u, v, q, k.
+    linear_activation: applied to all of u, v, q, k. attention_divisor (ours): n above is "max_length", the published
+    constant, or "keys", the number of keys that a token attends to. The layer norm behind it takes a factor that all
+    values of a token have in common out again, so what differs is the weight of that norm's eps.
     """
 
     num_blocks: int = 2
@@ -71,6 +73,7 @@ class HSTUConfig:
     linear_activation: Literal["silu", "none"] = "silu"
     concat_ua: bool = False
     enable_relative_attention_bias: bool = True
+    attention_divisor: Literal["max_length", "keys"] = "max_length"
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "num_heads", "dqk", "dv"):
@@ -79,6 +82,11 @@ class HSTUConfig:
         for name in ("linear_dropout_rate", "attn_dropout_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"hstu_encoder.{name}: got {getattr(self, name)}, expected 0 <= rate < 1")
+        if self.attention_divisor != "max_length" and self.normalization == "softmax_rel_bias":
+            raise ValueError(
+                f"hstu_encoder.attention_divisor: got {self.attention_divisor!r}, expected 'max_length' with "
+                "hstu_encoder.normalization = 'softmax_rel_bias', which divides by the softmax's sum"
+            )
 
     def build(
         self,
@@ -92,6 +100,7 @@ class HSTUConfig:
 
     def describe(self) -> str:
         bias = "" if self.enable_relative_attention_bias else "-norab"
+        bias += "-perkey" if self.attention_divisor == "keys" else ""
         return (
             f"HSTU-b{self.num_blocks}-h{self.num_heads}-dqk{self.dqk}-dv{self.dv}"
             f"-l{self.linear_activation}d{self.linear_dropout_rate}-ad{self.attn_dropout_rate}{bias}"
@@ -150,7 +159,8 @@ class HSTULayer(nn.Module):
             cache_times=batch.timestamps_T,
             max_queries=1,
         )
-        return self._output(x_TD[last], u, attended.flatten(1), None)
+        attended = self._per_key(attended.flatten(1), batch.lengths_B)
+        return self._output(x_TD[last], u, attended, None)
 
     def _norm(self, x_TD: Tensor) -> Tensor:
         return F.layer_norm(x_TD, x_TD.shape[-1:], eps=_EPS)
@@ -208,7 +218,13 @@ class HSTULayer(nn.Module):
             dropout_seed=seed,
             row_keys=row_keys,
         )
-        return attended.flatten(1)
+        return self._per_key(attended.flatten(1), batch.positions_T() + 1)
+
+    def _per_key(self, attended: Tensor, num_keys: Tensor) -> Tensor:
+        """Attention that was divided by n, divided by the tokens' numbers of keys instead where that is asked for."""
+        if self.config.attention_divisor == "max_length":
+            return attended
+        return attended * (self.num_positions / num_keys)[:, None]
 
     def _softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None, groups: RowGroups

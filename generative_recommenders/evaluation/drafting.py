@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -24,18 +25,26 @@ class Scores(Protocol):
 
 @torch.no_grad()
 def evaluate_drafts(
-    drafter: Scores, batches: Iterable[SequenceBatch], runtime: Runtime, trained_V: Tensor
+    drafter: Scores,
+    batches: Iterable[SequenceBatch],
+    runtime: Runtime,
+    trained_V: Tensor,
+    *,
+    exclude_history: bool = False,
 ) -> dict[str, float]:
     """Means over all users of all ranks, and over those whose target `trained_V` has and has not (`slices`).
 
     Names are those of the metrics with `draft_` before them. A target ranks behind the items of equal score; one that
-    the drafter does not know is a miss.
+    the drafter does not know is a miss, and so is one of the user's own history with `exclude_history`.
     """
     rows = [torch.empty(0, 2, dtype=torch.int64, device=runtime.device)]
     for batch in batches:
         if batch.size:
             batch = batch.to(runtime.device)
             scores_BV = drafter.scores(batch)
+            if exclude_history:
+                rows_T, known_T = batch.rows_T(), batch.item_ids_T < scores_BV.shape[1]
+                scores_BV[rows_T[known_T], batch.item_ids_T[known_T]] = -math.inf
             own_B1 = scores_BV.gather(1, batch.target_ids_B[:, None])
             rank_B = (scores_BV >= own_B1).sum(1)
             rank_B = published_ranks(torch.where(own_B1[:, 0].isneginf(), 0, rank_B), scores_BV.shape[1])

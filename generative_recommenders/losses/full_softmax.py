@@ -37,11 +37,11 @@ class FullSoftmaxLoss(Objective):
         item_l2_norm: bool,
         l2_norm_eps: float,
         candidates: Tensor | None = None,
+        learned_temperature: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature, learned_temperature)
         self.register_buffer("catalog_X", catalog_X, persistent=False)
         self.register_buffer("candidates_X", catalog_X if candidates is None else candidates, persistent=False)
-        self.temperature = temperature
         self.item_l2_norm = item_l2_norm
         self.l2_norm_eps = l2_norm_eps
 
@@ -51,15 +51,15 @@ class FullSoftmaxLoss(Objective):
         ids_X = self.candidates_X if self.training else self.catalog_X
         if isinstance(similarity, DotProduct):
             losses_T = linear_cross_entropy(
-                queries[0],
+                self.temperature.corrected(queries[0]),
                 table_VD,
                 ids_X,
                 positives_T,
-                temperature=self.temperature,
+                temperature=self.temperature.start,
                 l2_norm=self.item_l2_norm,
                 eps=self.l2_norm_eps,
             )
-            return TokenLosses(losses_T, torch.ones_like(losses_T), {})
+            return TokenLosses(losses_T, torch.ones_like(losses_T), self.temperature.reported())
         return self._blocks(queries, positives_T, table_VD, ids_X, similarity, draws)
 
     def _blocks(
@@ -80,9 +80,10 @@ class FullSoftmaxLoss(Objective):
 
         def block(places: Tensor, keys: Tensor, *features: Tensor) -> Tensor:
             logits = similarity.score(features[:count], features[count:], Draws(draws.seed, keys))
-            return nn.functional.cross_entropy(logits / self.temperature, places, reduction="none")
+            logits = self.temperature.corrected(logits) / self.temperature.start
+            return nn.functional.cross_entropy(logits, places, reduction="none")
 
         size = max(1, _BLOCK_LOGITS // ids_X.numel())
         losses_T = in_blocks(block, size, (places_T, draws.keys_T, *queries), items)
         auxiliary = positive_losses(queries, items, places_T[:, None], similarity, draws)
-        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)
+        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary | self.temperature.reported())

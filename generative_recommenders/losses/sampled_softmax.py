@@ -32,11 +32,11 @@ class SampledSoftmaxLoss(Objective):
         item_l2_norm: bool,
         l2_norm_eps: float,
         logq_correction: bool,
+        learned_temperature: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature, learned_temperature)
         self.sampler = sampler
         self.num_negatives = num_negatives
-        self.temperature = temperature
         self.item_l2_norm = item_l2_norm
         self.l2_norm_eps = l2_norm_eps
         self.logq_correction = logq_correction
@@ -48,24 +48,25 @@ class SampledSoftmaxLoss(Objective):
         log_q = self.sampler.log_q(positives_T.numel(), table_VD.shape[0]) if self.logq_correction else None
         if isinstance(similarity, DotProduct):
             losses_T = sampled_softmax_loss(
-                queries[0],
+                self.temperature.corrected(queries[0]),
                 table_VD,
                 positives_T,
                 negatives_TR,
-                temperature=self.temperature,
+                temperature=self.temperature.start,
                 l2_norm=self.item_l2_norm,
                 eps=self.l2_norm_eps,
                 item_log_q=log_q,
             )
-            return TokenLosses(losses_T, torch.ones_like(losses_T), {})
+            return TokenLosses(losses_T, torch.ones_like(losses_T), self.temperature.reported())
         ids = torch.cat([positives_T[:, None], negatives_TR], dim=1)
         norm = self.l2_norm_eps if self.item_l2_norm else None
         items, places = drawn_items(ids, table_VD, similarity, draws, norm)
-        logits = pair_scores(queries, items, places, similarity, draws) / self.temperature
+        logits = pair_scores(queries, items, places, similarity, draws)
+        logits = self.temperature.corrected(logits) / self.temperature.start
         if log_q is not None:
             logits = logits - log_q[ids]
         collides = ids == positives_T[:, None]
         collides[:, 0] = False
         losses_T = -logits.masked_fill(collides, _COLLISION_LOGIT).log_softmax(dim=1)[:, 0]
         auxiliary = positive_losses(queries, items, places[:, :1], similarity, draws)
-        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary)
+        return TokenLosses(losses_T, torch.ones_like(losses_T), auxiliary | self.temperature.reported())

@@ -38,7 +38,7 @@ ENCODERS = {"HSTU": "hstu_encoder", "SASRec": "sasrec_encoder"}
 _LONGEST_NAME = 200
 _MODEL_BINDINGS = (
     "main_module max_sequence_length gr_output_length item_embedding_dim user_embedding_norm item_l2_norm l2_norm_eps "
-    "interaction_module_type main_module_bf16 eval_split item_encoder "
+    "interaction_module_type main_module_bf16 eval_split item_encoder learned_temperature "
     "use_rated_input_preproc input_features_preproc rating_embedding_dim num_ratings event_columns"
 ).split()
 
@@ -94,6 +94,7 @@ class Plan:
         norm = f"-l2-eps{e.l2_norm_eps}" if e.item_l2_norm else ""
         sampling = e.sampling_strategy + ("-dedup" if e.sampling_strategy == "in-batch" else "") + norm
         temperature = f"-t{e.temperature}" if e.temperature != 1 else ""
+        temperature += "-tlearned" if e.learned_temperature else ""
         if e.loss_module == "FullSoftmaxLoss":
             sampling, loss = f"no-explicit-negatives{norm}", f"fsm{temperature}"
         elif e.loss_module == "BCELoss":
@@ -113,6 +114,7 @@ class Plan:
         extras.append("" if self.text_items is None else self.text_items.describe())
         extras += [f"ev{name}{number}" for name, number in sorted(e.event_columns.items())]
         extras.append(f"d{e.positional_sampling_ratio}" if e.positional_sampling_ratio < 1 else "")
+        extras.append("" if e.stochastic_length_alpha is None else f"sl{e.stochastic_length_alpha}")
         name = "-".join(["_".join(parts), *(x for x in extras if x)])
         if len(name) <= _LONGEST_NAME:
             return name
@@ -125,7 +127,14 @@ def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor
     trained_only = config.loss_candidates == "trained"
     candidates = catalog_X[counts_X > 0] if trained_only else catalog_X
     if config.loss_module == "FullSoftmaxLoss":
-        return FullSoftmaxLoss(catalog_X, config.temperature, config.item_l2_norm, config.l2_norm_eps, candidates)
+        return FullSoftmaxLoss(
+            catalog_X,
+            config.temperature,
+            config.item_l2_norm,
+            config.l2_norm_eps,
+            candidates,
+            config.learned_temperature,
+        )
     sampler: NegativesSampler
     if config.sampling_strategy == "local":
         sampler = LocalNegativesSampler(candidates)
@@ -142,6 +151,7 @@ def build_objective(config: RetrievalConfig, catalog_X: Tensor, counts_X: Tensor
         config.item_l2_norm,
         config.l2_norm_eps,
         config.logq_correction,
+        config.learned_temperature,
     )
 
 
@@ -198,12 +208,16 @@ def build_model(
         plan.encoder_options.activation_checkpoint,
         features,
     )
+    if counts_X is None:
+        objective = Objective(config.temperature, config.learned_temperature)
+    else:
+        objective = build_objective(config, catalog_X, counts_X)
     return RetrievalModel(
         items,
         encoder,
         OUTPUTS[config.user_embedding_norm](config.l2_norm_eps),
         build_similarity(plan),
-        Objective() if counts_X is None else build_objective(config, catalog_X, counts_X),
+        objective,
         catalog_X,
         item_l2_norm=config.item_l2_norm,
         l2_norm_eps=config.l2_norm_eps,

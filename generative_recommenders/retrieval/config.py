@@ -45,10 +45,11 @@ class RetrievalConfig:
     main_module_bf16 (bf16 autocast of the encoder), interaction_module_type, embedding_module_type, item_encoder (ours:
     "id" is a table of learned embeddings, "text" computes them from the items' texts, see `text_item_encoder.*`).
 
-    Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, item_l2_norm,
-    l2_norm_eps, logq_correction (ours, for in-batch and popularity samplers), loss_activation_checkpoint (recompute
-    the loss in backward), loss_weights (auxiliary losses), loss_candidates (ours: "trained" leaves items without a
-    training event out of the softmax and of the negatives in training, "all" does not).
+    Loss: loss_module, sampling_strategy ("popularity" is ours), num_negatives, temperature, learned_temperature (ours:
+    training changes the temperature from there on), item_l2_norm, l2_norm_eps, logq_correction (ours, for in-batch and
+    popularity samplers), loss_activation_checkpoint (recompute the loss in backward), loss_weights (auxiliary losses),
+    loss_candidates (ours: "trained" leaves items without a training event out of the softmax and of the negatives in
+    training, "all" does not).
 
     Optimization: num_epochs, learning_rate, num_warmup_steps, weight_decay, gradient_clip_norm (ours, 0 is off),
     local_batch_size (users a rank), enable_tf32, random_seed.
@@ -87,6 +88,7 @@ class RetrievalConfig:
     logq_correction: bool = False
     item_l2_norm: bool = False
     temperature: float = 0.05
+    learned_temperature: bool = False
     num_epochs: int = 101
     learning_rate: float = 1e-3
     num_warmup_steps: int = 0
@@ -161,6 +163,7 @@ class RetrievalConfig:
         )
         if self.loss_module == "BCELoss":
             self._expect("temperature", self.temperature == 1.0, "1.0 with train_fn.loss_module = 'BCELoss'")
+            self._expect("learned_temperature", not self.learned_temperature, "False with 'BCELoss', which has none")
         if self.sampling_strategy == "no-explicit-negatives":
             self._expect(
                 "sampling_strategy",

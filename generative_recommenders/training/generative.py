@@ -239,7 +239,10 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             return evaluation
         was_training = model.training
         model.eval()
-        drafts = evaluate_drafts(drafter, self.batches(split, limit), self.runtime, self.catalogue.trained_V)
+        drafts = evaluate_drafts(
+            *(drafter, self.batches(split, limit), self.runtime, self.catalogue.trained_V),
+            exclude_history=self.plan.experiment.filter_history,
+        )
         model.train(was_training)
         return replace(evaluation, metrics=evaluation.metrics | drafts)
 

@@ -24,6 +24,7 @@ HSTU_CASES: dict[str, dict[str, Any]] = {
     "concat_ua": {"num_blocks": 2, "num_heads": 2, "dqk": 4, "dv": 6, "concat_ua": True},
     "no_activation": {"num_blocks": 2, "num_heads": 2, "dqk": 6, "dv": 6, "linear_activation": "none"},
     "no_bias": {"num_blocks": 2, "num_heads": 2, "dqk": 6, "dv": 6, "enable_relative_attention_bias": False},
+    "per_key": {"num_blocks": 2, "num_heads": 2, "dqk": 6, "dv": 6, "attention_divisor": "keys"},
     "softmax": {"num_blocks": 2, "num_heads": 2, "dqk": 6, "dv": 6, "normalization": "softmax_rel_bias"},
     "softmax_no_bias": {
         "num_blocks": 1,
@@ -91,12 +92,13 @@ def dense_hstu_layer(layer: Any, c: HSTUConfig, x: list[Tensor], times: list[int
             y = sum(w * parts[j][1] for j, w in enumerate(torch.softmax(logits, 0)))
         else:
             heads = []
+            divisor = POSITIONS if c.attention_divisor == "max_length" else i + 1
             for k in range(h):
                 keys, values = slice(k * c.dqk, (k + 1) * c.dqk), slice(k * c.dv, (k + 1) * c.dv)
                 total = torch.zeros(c.dv, dtype=torch.float64)
                 for j in range(i + 1):
                     s = q[keys] @ parts[j][3][keys] + bias(j)
-                    total = total + s * torch.sigmoid(s) / POSITIONS * parts[j][1][values]
+                    total = total + s * torch.sigmoid(s) / divisor * parts[j][1][values]
                 heads.append(total)
             y = torch.cat(heads)
         y = norm(y, 1e-6)

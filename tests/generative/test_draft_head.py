@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,22 @@ def test_scores_are_products_of_vectors_and_unknown_ids_have_none() -> None:
     assert metrics["draft_hr@10_cold"] == pytest.approx((ranks[2:] <= 10).double().mean().item())
     assert metrics["draft_hr@10"] == pytest.approx((ranks <= 10).double().mean().item())
     assert metrics["draft_hr@50"] == 1.0
+
+
+def test_drafts_without_the_history() -> None:
+    drafter = EncoderDrafter(model_of("tiger").eval())
+    asked = batch([11, 12, 13, 14])
+    scores_BV = drafter.scores(asked)
+    expected = []
+    for row, target in enumerate(asked.target_ids_B.tolist()):
+        seen = set(asked.item_ids_T[asked.offsets[row] : asked.offsets[row + 1]].tolist())
+        others = [i for i in range(1, ITEMS + 1) if i not in seen]
+        better = sum(bool(scores_BV[row, i] >= scores_BV[row, target]) for i in others)
+        expected.append(1 / math.log2(1 + better) if target in others and better <= 10 else 0.0)
+    runtime, trained = Runtime(0, 1, torch.device("cpu")), torch.ones(ITEMS + 1, dtype=torch.bool)
+    metrics = evaluate_drafts(drafter, [asked], runtime, trained, exclude_history=True)
+    assert metrics["draft_ndcg@10"] == pytest.approx(sum(expected) / len(expected))
+    assert metrics["draft_ndcg@10"] != evaluate_drafts(drafter, [asked], runtime, trained)["draft_ndcg@10"]
 
 
 def test_mistakes_are_told_in_one_line() -> None:

@@ -210,3 +210,31 @@ def test_popularity_of_trained_items_alone() -> None:
     assert share[1] == 0
     log_q = sampler.log_q(10, 20)[CATALOG]
     torch.testing.assert_close(log_q, (weights.clamp(min=1) / weights.sum()).log().float())
+
+
+@pytest.mark.parametrize("similarity", [DotProduct(), OpaqueDot()], ids=["fused", "general"])
+@pytest.mark.parametrize("logq", [False, True])
+def test_learned_temperature(similarity: Similarity, logq: bool) -> None:
+    """It begins as the constant one, and its gradient is the finite difference of losses at constant ones."""
+    queries, positives, table, draws = inputs()
+    asked = ((queries,), positives, table, similarity, draws)
+
+    def objectives(temperature: float, learned: bool) -> list[Objective]:
+        sampled = SampledSoftmaxLoss(SAMPLERS["popularity"], NEGATIVES, temperature, True, 1e-6, logq, learned)
+        return [sampled, FullSoftmaxLoss(CATALOG, temperature, True, 1e-6, learned_temperature=learned)]
+
+    step = 1e-3
+    around = (math.exp(-step), 1.0, math.exp(step))
+    for objective, *fixed in zip(objectives(0.4, True), *(objectives(0.4 * f, False) for f in around), strict=True):
+        result = objective(*asked)
+        below, same, above = (o(*asked).losses_T.double() for o in fixed)
+        torch.testing.assert_close(result.losses_T.double(), same)
+        result.losses_T.mean().backward()
+        change = objective.temperature.log_change
+        assert change is not None and change.grad is not None
+        torch.testing.assert_close(change.grad.double(), (above - below).mean() / (2 * step), atol=2e-4, rtol=2e-3)
+        assert result.auxiliary["temperature"] == pytest.approx(0.4)
+        with torch.no_grad():
+            change.fill_(math.log(2.0))
+        assert objective(*asked).auxiliary["temperature"] == pytest.approx(0.8)
+        assert not list(fixed[1].parameters())
