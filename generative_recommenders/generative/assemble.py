@@ -25,6 +25,7 @@ from generative_recommenders.generative.drafters import Drafter
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.parallel_decoding import ParallelSearch, joint_ids
 from generative_recommenders.generative.parallel_tiger import ParallelTiger
+from generative_recommenders.generative.reranking import Reranker
 from generative_recommenders.generative.sid_gr import SIDGR
 from generative_recommenders.generative.sid_gr_config import SIDGRConfig
 from generative_recommenders.generative.specgr import SpecGR
@@ -82,6 +83,11 @@ class Plan:
             raise ConfigError(
                 f"draft_head.finetune_epochs: got {draft.finetune_epochs}, expected at most "
                 f"train_generative.num_epochs = {experiment.num_epochs}, which they are the last of"
+            )
+        if experiment.rerank_weight and not draft.width:
+            raise ConfigError(
+                f"train_generative.rerank_weight: got {experiment.rerank_weight} with draft_head.width = 0, expected a "
+                "model that scores items too; try draft_head.width = 128"
             )
         specgr = config.build(SpecGRConfig) if experiment.search == "specgr" else None
         if specgr is not None and specgr.drafter == "encoder" and not draft.width:
@@ -225,7 +231,8 @@ def candidate_filter(
 class Searcher:
     """Lists of items from a model: `searcher(batch)` is a `BeamResult` of `top_k` places.
 
-    `allowed` are the items of all lists, None for those of the trie. With `specgr` it makes the lists.
+    `allowed` are the items of all lists, None for those of the trie. With `specgr` it makes the lists; with `rerank` it
+    orders them.
     """
 
     def __init__(
@@ -237,8 +244,9 @@ class Searcher:
         filter_history: bool,
         allowed: ItemFilter | None = None,
         specgr: SpecGR[Any] | None = None,
+        rerank: Reranker | None = None,
     ) -> None:
-        self.model, self.trie, self.search, self.specgr = model, trie, search, specgr
+        self.model, self.trie, self.search, self.specgr, self.rerank = model, trie, search, specgr, rerank
         self.top_k, self.filter_history, self.allowed = top_k, filter_history, allowed
         self.parallel = ParallelSearch(model, trie) if isinstance(model, ParallelTiger) else None
 
@@ -254,6 +262,12 @@ class Searcher:
             # Candidates that a configuration names are a subset to be ranked; a history that is left out is none.
             subset = self.allowed is not None
             return self.specgr(batch, k, allowed=allowed, exclude_history=filter_history, subset=subset)
+        if self.rerank is None:
+            return self._found(batch, k, allowed, filter_history)
+        found = self._found(batch, max(k, self.rerank.candidates), allowed, filter_history)
+        return self.rerank(batch, found, k)
+
+    def _found(self, batch: SequenceBatch, k: int, allowed: ItemFilter | None, filter_history: bool) -> BeamResult:
         if self.parallel is not None:
             return self.parallel(batch, k, self.search, allowed=allowed, exclude_history=filter_history)
         model: GenerativeModel[Any] = self.model
@@ -279,4 +293,5 @@ def build_searcher(
         in_sample = trie.allow(torch.isin(joined_ids(tables).item_ids_N, trained_ids))
         verifier: GenerativeModel[Any] = model
         specgr = SpecGR(verifier, trie, drafter or EncoderDrafter(model), plan.specgr, in_sample)
-    return Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed, specgr)
+    rerank = Reranker(EncoderDrafter(model), e.rerank_weight, e.rerank_candidates) if e.rerank_weight else None
+    return Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed, specgr, rerank)

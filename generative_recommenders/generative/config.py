@@ -10,7 +10,7 @@ from generative_recommenders.config import configurable
 Candidates = Literal["all", "unseen", "in_sample"]
 _POSITIVE = (
     "max_sequence_length local_batch_size accumulation_steps eval_batch_size eval_interval full_eval_every_n "
-    "partial_eval_num_iters save_ckpt_every_n top_k"
+    "partial_eval_num_iters save_ckpt_every_n top_k rerank_candidates"
 ).split()
 _NOT_NEGATIVE = (
     "num_epochs num_warmup_steps weight_decay gradient_clip_norm early_stopping_patience checkpoint_every_n_steps"
@@ -41,7 +41,9 @@ class GenerativeConfig:
     `beam_search.widths`), filter_history (items of the window are not returned; the published numbers of generative
     models are without), candidates ("all" items are listed, or only those "unseen" in training events, or only those
     that are "in_sample"; chosen anew at every evaluation), search ("beam": the search of the model, bindings
-    `beam_search.*`; "specgr": drafts that the model verifies, bindings `specgr.*`).
+    `beam_search.*`; "specgr": drafts that the model verifies, bindings `specgr.*`), rerank_weight (0 to 1: how much of
+    an item's score is that of the draft head and not that of its ID; 0 leaves lists as the search has them),
+    rerank_candidates (places of the search's list that the reranked one is made of, top_k at least).
     num_workers: threads that collate ahead.
 
     Checkpoints: save_ckpt_every_n, checkpoint_every_n_steps, resume.
@@ -74,6 +76,8 @@ class GenerativeConfig:
     filter_history: bool = False
     candidates: Candidates = "all"
     search: Literal["beam", "specgr"] = "beam"
+    rerank_weight: float = 0.0
+    rerank_candidates: int = 100
     num_workers: int = 0
     save_ckpt_every_n: int = 1000
     checkpoint_every_n_steps: int = 0
@@ -87,6 +91,12 @@ class GenerativeConfig:
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         self._expect("learning_rate", self.learning_rate > 0, "more than 0")
         self._expect("random_seed", 0 <= self.random_seed < 2**63, "0 to 2^63 - 1")
+        self._expect("rerank_weight", 0 <= self.rerank_weight <= 1, "0 to 1")
+        self._expect(
+            "rerank_weight",
+            self.rerank_weight == 0 or self.search == "beam",
+            "0 with train_generative.search = 'specgr', whose order is that of the verifier",
+        )
         self._expect("num_workers", self.num_workers >= 0, "at least 0")
         self._expect("semantic_ids", len(self.semantic_ids) > 0, "the name of one table at least")
         self._expect(

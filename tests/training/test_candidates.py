@@ -134,3 +134,24 @@ def test_a_checkpoint_without_the_note_is_refused(make: Make, monkeypatch: pytes
     _, run = experiment.train()
     with pytest.raises(CheckpointError, match="does not note which items training lacks"):
         recommender_of(find_checkpoint(run))
+
+
+@pytest.mark.parametrize("kind", ["tiger", "parallel-tiger", "sid-gr-hstu"])
+def test_reranking_is_a_choice_of_the_evaluation(make: Make, kind: str) -> None:
+    head = ("draft_head.width = 8", "sid_gr.dim = 16", "sid_gr.num_blocks = 1")
+    _, run = make(*head, kind=kind).train()
+    lists = {}
+    for weight in (0.0, 1.0):
+        chosen = (f"train_generative.rerank_weight = {weight}", "train_generative.rerank_candidates = 24")
+        experiment = make(*head, *chosen, kind=kind)
+        model = experiment.model()
+        find_checkpoint(run).load_model(model)
+        lists[weight] = experiment.searcher(model.eval())(next(iter(experiment.batches("test"))))
+        metrics = experiment.evaluate_checkpoint(run, "test").metrics
+        assert metrics["certified"] == (1.0 if weight == 0 else 0.0)
+    # All 24 items are candidates, and their own scores alone decide.
+    expected = experiment.searcher(model).rerank.drafter.scores(next(iter(experiment.batches("test"))))
+    assert lists[1.0].items_BK.tolist() == expected.topk(10).indices.tolist()
+    assert lists[0.0].items_BK.tolist() != lists[1.0].items_BK.tolist()
+    with pytest.raises(ConfigError, match=r"rerank_weight: got 0.5 with draft_head.width = 0, expected a model"):
+        make("train_generative.rerank_weight = 0.5", kind=kind)
