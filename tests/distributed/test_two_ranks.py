@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import main as launcher
 from tests.toy import write_toy_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,18 +59,19 @@ GENERATIVE = [
 
 def train(tmp_path: Path, world_size: int, prefix: str, bindings: list[str]) -> tuple[list[dict], dict]:
     exps = tmp_path / f"exps{world_size}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if world_size == 2 else []
     batches = [f"{prefix}.local_batch_size = {16 // world_size}", f"{prefix}.eval_batch_size = {10 + world_size}"]
-    command = [sys.executable, *launcher, "main.py", f"--data_dir={tmp_path}", f"--exps_dir={exps}", "--device=cpu"]
-    done = subprocess.run(
-        [*command, *(f"--gin_bindings={b}" for b in [*bindings, *batches])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.rstrip().splitlines()[-1].startswith("TEST eval:")
+    flags = [f"--gin_bindings={b}" for b in [*bindings, *batches]]
+    flags += [f"--data_dir={tmp_path}", f"--exps_dir={exps}", "--device=cpu"]
+    if world_size == 1:
+        # In this process, which has imported everything already.
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["main.py", *flags])
+            launcher.main()
+    else:
+        ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        done = subprocess.run([*ranks, "main.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.rstrip().splitlines()[-1].startswith("TEST eval:")
     (folder,) = {p.parent for p in exps.glob("toy-l*/*/metrics.json")}
     lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, json.loads((folder / "metrics.json").read_text())
