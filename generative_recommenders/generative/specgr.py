@@ -9,7 +9,8 @@ generates the ID of an item it was not trained with, but it scores one well. So,
     extend   the beam by one code
 
 What is listed: of K or more accepted items the K of the highest V; else, by score, all accepted and rejected drafts and
-the items that the beam arrives at. Which codes are scored: `SpecGRConfig.score`.
+the items that the beam arrives at. Which codes are scored: `SpecGRConfig.score`. Ours: the drafter may have
+a say in the order too, by `SpecGRConfig.drafter_weight`.
 
 Differences from the public code, which takes one user at a time: requests of a batch go through a round together and
 leave it when they are done; drafts continue from the prefixes the beam has decoded, and what they share is decoded once
@@ -62,7 +63,8 @@ class SharedPrefill(Protocol):
 
 @dataclass(frozen=True)
 class SpecGRResult(BeamResult):
-    """Scores are V (the mean log-probability of a code) or, of items the beam arrived at, that of all their codes.
+    """Scores are V (the mean log-probability of a code) or, of items the beam arrived at, that of all their codes; the
+    drafter's share is added to either.
 
     accepted_B, rounds_B, drafted_B: int64. exact_B: every item that is allowed was drafted, so the list is the top-K by
     V; gap_B is inf elsewhere.
@@ -77,7 +79,8 @@ class SpecGRResult(BeamResult):
 class _Search(Generic[C]):
     """What the rounds leave: drafts of all requests, counts, and the requests that still want items with their beams.
 
-    context and prefixes are those of the root, of all requests.
+    context and prefixes are those of the root, of all requests. share_BN: what the drafter adds to an item's score;
+    None for nothing.
     """
 
     drafts: Drafts
@@ -87,7 +90,14 @@ class _Search(Generic[C]):
     total_B: Tensor
     context: C
     prefixes: Prefixes
+    share_BN: Tensor | None
     unfinished: Frontier[C] | None
+
+    def share(self, drafts: Drafts) -> Tensor | float:
+        """The drafter's share of the scores of drafts, (B, X)."""
+        if self.share_BN is None:
+            return 0.0
+        return self.share_BN.gather(1, drafts.places_BK.clamp(max=self.share_BN.shape[1] - 1))
 
 
 class SpecGR(Generic[C]):
@@ -143,7 +153,7 @@ class SpecGR(Generic[C]):
         drafts = self._completed(search, drafts, k, ~enough_B1)
         listed_BX = torch.where(enough_B1, drafts.accepted_BK, drafts.complete_BK)
         scores_BX = self._by_prefix(drafts, drafts.scores_BK.masked_fill(~listed_BX, -math.inf))
-        return self._result(search, drafts.places_BK, scores_BX, k)
+        return self._result(search, drafts.places_BK, scores_BX + search.share(drafts), k)
 
     @torch.no_grad()
     def first_scores(
@@ -198,6 +208,8 @@ class SpecGR(Generic[C]):
         config, missing, levels = self.config, len(self.paths), self.trie.levels
         frontier = self._begin(batch, allowed).decoded(self.model)
         root, prefixes, rows = frontier.context.branch(), Prefixes(frontier.logits_bMC), frontier.rows_b
+        # Before the rounds, which take what they draft out of the drafter's scores.
+        share_BN = _share(frontier.drafter_bN, config.drafter_weight) if config.drafter_weight else None
         accepted_B, rounds_B, drafted_B = (torch.zeros_like(rows) for _ in range(3))
         total_B = self.paths.allowed(allowed).sum(-1).expand(batch.size)
         drafts = Drafts.none(batch.size, rows.device)
@@ -214,15 +226,18 @@ class SpecGR(Generic[C]):
             rounds_B = rounds_B.index_fill(0, rows, level + 1)
             wanting = ((accepted_B[rows] < k) & (drafted_B[rows] < total_B[rows])).nonzero()[:, 0]
             if not wanting.numel() or (subset and level + 1 == levels):
-                return _Search(drafts, accepted_B, rounds_B, drafted_B, total_B, root, prefixes, None)
+                return _Search(drafts, accepted_B, rounds_B, drafted_B, total_B, root, prefixes, share_BN, None)
             if wanting.numel() < rows.numel():
                 frontier = frontier.select(wanting)
             frontier = frontier.extended(self.paths, config.num_beams)
         unfinished = frontier if batch.size else None
-        return _Search(drafts, accepted_B, rounds_B, drafted_B, total_B, root, prefixes, unfinished)
+        return _Search(drafts, accepted_B, rounds_B, drafted_B, total_B, root, prefixes, share_BN, unfinished)
 
     def _arrived(self, frontier: Frontier[C], drafts: Drafts, k: int) -> Drafts:
-        """The first k items of the beams' leaves that were not drafted, of the requests of the frontier."""
+        """The items of the beams' leaves that were not drafted, of the requests of the frontier.
+
+        Where the drafter has no share in the order the first k of them, which are the best.
+        """
         beams, rows_b, missing = frontier.beams, frontier.rows_b, len(self.paths)
         open_bN = self.paths.allowed(frontier.allowed).expand(len(rows_b), -1)
         open_bN = torch.cat([open_bN, torch.zeros_like(open_bN[:, :1])], 1)
@@ -234,7 +249,8 @@ class SpecGR(Generic[C]):
         ranges = Ranges.of(first_bM.flatten(), torch.where(leaves_bM < 0, first_bM, last_bM).flatten())
         owners = ranges.owners // leaves_bM.shape[1]
         ranges = ranges.kept(allowed_at(open_bN, ranges.places, owners))
-        slots = slots_of(ranges.offsets.diff().view(leaves_bM.shape), k)
+        counts_bM = ranges.offsets.diff().view(leaves_bM.shape)
+        slots = slots_of(counts_bM, int(counts_bM.sum(1).max()) if self.config.drafter_weight else k)
         starts_bK = ranges.offsets[:-1].view(leaves_bM.shape).gather(1, slots.leaf_BK)
         # One more place, to be taken where there is none.
         places = torch.cat([ranges.places, ranges.places.new_full((1,), missing)])
@@ -248,11 +264,13 @@ class SpecGR(Generic[C]):
         """With V of the drafts that may be among the k best of a list that is short of accepted items."""
         if not drafts.places_BK.numel():
             return drafts
-        known_BX = drafts.scores_BK.masked_fill(~drafts.complete_BK, -math.inf)
+        # The drafter's share is exact, so what bounds V bounds the score.
+        bound_BX = drafts.scores_BK + search.share(drafts)
+        known_BX = bound_BX.masked_fill(~drafts.complete_BK, -math.inf)
         kth_B1 = known_BX.topk(min(k, known_BX.shape[1]), dim=1).values[:, -1:]
         if known_BX.shape[1] < k:
             kth_B1 = torch.full_like(kth_B1, -math.inf)
-        wanted_BX = ~drafts.complete_BK & short_B1 & (drafts.scores_BK >= kth_B1 - _ROUNDING)
+        wanted_BX = ~drafts.complete_BK & short_B1 & (bound_BX >= kth_B1 - _ROUNDING)
         rows = wanted_BX.any(1).nonzero()[:, 0]
         if not rows.numel():
             return drafts
@@ -312,6 +330,14 @@ class SpecGR(Generic[C]):
             search.rounds_B,
             search.drafted_B,
         )
+
+
+def _share(drafter_BN: Tensor, weight: float) -> Tensor:
+    """The drafter's part of scores; an item that it may not draft has that of the worst one that it may."""
+    known_BN = drafter_BN > -math.inf
+    worst_B1 = drafter_BN.masked_fill(~known_BN, math.inf).amin(1, keepdim=True)
+    worst_B1 = worst_B1.masked_fill(worst_B1.isposinf(), 0.0)
+    return weight * torch.where(known_BN, drafter_BN, worst_B1)
 
 
 def threshold_for(scores_X: Tensor, acceptance: float) -> float:

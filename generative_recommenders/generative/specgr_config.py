@@ -28,6 +28,9 @@ class SpecGRConfig:
     last with "drop_last"; with "in_sample_prefix" those that they have in common with some item that training has seen,
     but `min_prefix` at least.
 
+    drafter_weight: what of the drafter's score is added to an item's own where lists are put in order; 0, as published,
+    leaves the order to the verifier. Scores of drafters differ in scale: cosines with "encoder" and "semantic_knn".
+
     eval_mode: users that are evaluated: "all", those whose target training has seen ("in_sample"), or the others
     ("unseen"). max_eval_steps: batches that are evaluated; 0 is all.
 
@@ -46,6 +49,7 @@ class SpecGRConfig:
     target_acceptance: float = 0.0
     score: Literal["drop_last", "in_sample_prefix"] = "drop_last"
     min_prefix: int = 3
+    drafter_weight: float = 0.0
     eval_mode: Literal["all", "in_sample", "unseen"] = "all"
     max_eval_steps: int = 0
 
@@ -60,6 +64,7 @@ class SpecGRConfig:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("knn_last_n", self.knn_last_n >= 0, "at least 0; 0 is all events")
         self._expect("max_eval_steps", self.max_eval_steps >= 0, "at least 0; 0 is all batches")
+        self._expect("drafter_weight", 0 <= self.drafter_weight < math.inf, "0 or more")
         self._expect("threshold", not math.isnan(self.threshold), "a number; log-probabilities are below 0")
         self._expect("target_acceptance", 0 <= self.target_acceptance <= 1, "a share from 0 to 1; 0 is off")
         self._expect(

@@ -93,7 +93,7 @@ class NaiveSpecGR:
             beams = sorted(grown, key=lambda beam: -beam[1])[: self.config.num_beams]
             depth += 1
         return Listed(
-            self._ranked(scored, accepted, beams, allowed, k, subset),
+            self._ranked(scored, accepted, beams, drafter, allowed, k, subset),
             len(accepted),
             depth,
             len(scored),
@@ -105,6 +105,7 @@ class NaiveSpecGR:
         scored: dict[int, float],
         accepted: set[int],
         beams: list[tuple[Codes, float]],
+        drafter: Sequence[float],
         allowed: set[int],
         k: int,
         subset: bool,
@@ -118,6 +119,9 @@ class NaiveSpecGR:
                 for item in allowed - set(scored):
                     if self.codes[item] == leaf:
                         found[item] = score / levels
+        known = {item: drafter[item] for item in allowed if item < len(drafter) and drafter[item] > -math.inf}
+        worst = min(known.values(), default=0.0)
+        found = {item: v + self.config.drafter_weight * known.get(item, worst) for item, v in found.items()}
         ranked = sorted(found.items(), key=lambda pair: (-pair[1], self.codes[pair[0]], pair[0]))
         return ranked[:k]
 
@@ -178,6 +182,7 @@ def case(seed: int, ids: SemanticIds | None = None, **settings: Any) -> Case:
         "threshold": -0.5 - 0.25 * drawn(0, 12),
         "score": ("drop_last", "in_sample_prefix")[drawn(0, 1)],
         "min_prefix": drawn(1, 4),
+        "drafter_weight": (0.0, 0.0, 0.25, 2.0)[drawn(0, 3)],
     }
     active = ids.item_ids_N[seen_N & ids.active_N].tolist()
     config = SpecGRConfig(drafter="semantic_knn", **(chosen | settings))
