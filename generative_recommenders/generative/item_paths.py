@@ -18,6 +18,9 @@ from torch import Tensor
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.generative.trie import ItemFilter, Trie
 
+# Which codes of an item are scored; see `SpecGRConfig.score`.
+Score = Literal["drop_last", "in_sample_prefix", "drop_last_of_all"]
+
 
 @dataclass(frozen=True, eq=False)
 class ItemPaths:
@@ -68,9 +71,7 @@ class ItemPaths:
         own = self.trie.base if allowed is None else self._own(allowed)
         return own.items if own is not None else torch.ones_like(self.item_ids_N, dtype=torch.bool)
 
-    def scored_lengths(
-        self, in_sample: ItemFilter, score: Literal["drop_last", "in_sample_prefix"], min_prefix: int
-    ) -> Tensor:
+    def scored_lengths(self, in_sample: ItemFilter, score: Score, min_prefix: int) -> Tensor:
         """How many codes count in each item's score, int64 (N,); see `SpecGRConfig`.
 
         Raises:
@@ -79,6 +80,8 @@ class ItemPaths:
         own, levels = self._own(in_sample), self.trie.levels
         if own.per_request:
             raise DataError("in-sample items: got a filter for each request, expected one for all")
+        if score == "drop_last_of_all":
+            return torch.full_like(self.item_ids_N, max(levels - 1, 1))
         if score == "drop_last":
             return torch.where(own.items, levels, max(levels - 1, 1))
         shared_LN = torch.stack([bits[nodes_N] for bits, nodes_N in zip(own.levels, self.nodes_LN, strict=True)])

@@ -63,8 +63,8 @@ class SharedPrefill(Protocol):
 
 @dataclass(frozen=True)
 class SpecGRResult(BeamResult):
-    """Scores are V (the mean log-probability of a code) or, of items the beam arrived at, that of all their codes; the
-    drafter's share is added to either.
+    """Scores are V (the mean log-probability of a code) or, of items the beam arrived at, as if training had seen them;
+    the drafter's share is added to either.
 
     accepted_B, rounds_B, drafted_B: int64. exact_B: every item that is allowed was drafted, so the list is the top-K by
     V; gap_B is inf elsewhere.
@@ -236,27 +236,31 @@ class SpecGR(Generic[C]):
     def _arrived(self, frontier: Frontier[C], drafts: Drafts, k: int) -> Drafts:
         """The items of the beams' leaves that were not drafted, of the requests of the frontier.
 
-        Where the drafter has no share in the order the first k of them, which are the best.
+        Only the first k of them where those are the best, as they are by the mean over all codes.
         """
         beams, rows_b, missing = frontier.beams, frontier.rows_b, len(self.paths)
         open_bN = self.paths.allowed(frontier.allowed).expand(len(rows_b), -1)
         open_bN = torch.cat([open_bN, torch.zeros_like(open_bN[:, :1])], 1)
         open_bN.scatter_(1, drafts.places_BK[rows_b], False)
+        last = 1 if self.config.score == "drop_last_of_all" else 0
+        length = max(self.trie.levels - last, 1)
+        sums_bM = frontier.sums[length - 1].gather(1, beams.ancestors[length - 1])
         order_bM = leaf_order(beams.scores_BM, beams.states_BM)
-        leaves_bM, scores_bM = beams.states_BM.gather(1, order_bM), beams.scores_BM.gather(1, order_bM)
+        leaves_bM, scores_bM = beams.states_BM.gather(1, order_bM), sums_bM.gather(1, order_bM)
         offsets, known_bM = self.trie.offsets[-1], leaves_bM.clamp(min=0)
         first_bM, last_bM = offsets[known_bM].long(), offsets[known_bM + 1].long()
         ranges = Ranges.of(first_bM.flatten(), torch.where(leaves_bM < 0, first_bM, last_bM).flatten())
         owners = ranges.owners // leaves_bM.shape[1]
         ranges = ranges.kept(allowed_at(open_bN, ranges.places, owners))
         counts_bM = ranges.offsets.diff().view(leaves_bM.shape)
-        slots = slots_of(counts_bM, int(counts_bM.sum(1).max()) if self.config.drafter_weight else k)
+        # The beams are in order of all of their codes, so another order may need the last of them.
+        slots = slots_of(counts_bM, int(counts_bM.sum(1).max()) if self.config.drafter_weight or last else k)
         starts_bK = ranges.offsets[:-1].view(leaves_bM.shape).gather(1, slots.leaf_BK)
         # One more place, to be taken where there is none.
         places = torch.cat([ranges.places, ranges.places.new_full((1,), missing)])
         index_bK = torch.where(slots.valid_BK, starts_bK + slots.place_BK, len(ranges.places))
-        scores_bK = (scores_bM.gather(1, slots.leaf_BK) / self.trie.levels).masked_fill(~slots.valid_BK, -math.inf)
-        lengths_bK = slots.valid_BK * self.trie.levels
+        scores_bK = (scores_bM.gather(1, slots.leaf_BK) / length).masked_fill(~slots.valid_BK, -math.inf)
+        lengths_bK = slots.valid_BK * length
         whole, nothing = torch.ones_like(slots.valid_BK), torch.zeros_like(slots.valid_BK)
         return Drafts(places[index_bK], lengths_bK, scores_bK, whole, nothing)
 

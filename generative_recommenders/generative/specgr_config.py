@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from generative_recommenders.config import configurable
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.item_paths import Score
 
 
 @configurable("specgr")
@@ -26,7 +27,9 @@ class SpecGRConfig:
 
     score: which codes that mean is over. An item that training has seen counts all of them. Others count all but the
     last with "drop_last"; with "in_sample_prefix" those that they have in common with some item that training has seen,
-    but `min_prefix` at least.
+    but `min_prefix` at least. With "drop_last_of_all" (ours) no item counts its last code, which often only tells items
+    apart that are alike in all others: it is nearly certain then, and raises the mean of those that count it; nor does
+    it have to be decoded.
 
     drafter_weight: what of the drafter's score is added to an item's own where lists are put in order; 0, as published,
     leaves the order to the verifier. Scores of drafters differ in scale: cosines with "encoder" and "semantic_knn".
@@ -47,7 +50,7 @@ class SpecGRConfig:
     num_beams: int = 30
     threshold: float = -1.4
     target_acceptance: float = 0.0
-    score: Literal["drop_last", "in_sample_prefix"] = "drop_last"
+    score: Score = "drop_last"
     min_prefix: int = 3
     drafter_weight: float = 0.0
     eval_mode: Literal["all", "in_sample", "unseen"] = "all"
@@ -56,7 +59,7 @@ class SpecGRConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("drafter", ("encoder", "semantic_knn", "retrieval")),
-            ("score", ("drop_last", "in_sample_prefix")),
+            ("score", get_args(Score)),
             ("eval_mode", ("all", "in_sample", "unseen")),
         ):
             self._expect(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
@@ -76,9 +79,3 @@ class SpecGRConfig:
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise UserError(f"specgr.{name}: got {getattr(self, name)!r}, expected {expected}")
-
-    def describe(self) -> str:
-        """For a run's name."""
-        wanted = f"a{self.target_acceptance:g}" if self.target_acceptance else f"t{self.threshold:g}"
-        prefix = f"prefix{self.min_prefix}" if self.score == "in_sample_prefix" else "drop-last"
-        return f"SpecGR-{self.drafter}-d{self.draft_size}-b{self.num_beams}-{wanted}-{prefix}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.generative.item_paths import Score
 from generative_recommenders.generative.specgr import SpecGRResult
 from generative_recommenders.generative.specgr_config import SpecGRConfig
 from generative_recommenders.generative.trie import ItemFilter, Trie
@@ -18,6 +19,7 @@ from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from tests.generative.beam_cases import TableModel, random_ids, trie_of
 
 USERS = 4
+SCORES: tuple[Score, ...] = ("drop_last", "in_sample_prefix", "drop_last_of_all")
 Codes = tuple[int, ...]
 Row = Callable[[int, Codes], Sequence[float]]
 
@@ -53,6 +55,8 @@ class NaiveSpecGR:
 
     def scored_length(self, item: int) -> int:
         codes, levels = self.codes[item], len(self.codes[item])
+        if self.config.score == "drop_last_of_all":
+            return max(levels - 1, 1)
         if item in self.seen:
             return levels
         if self.config.score == "drop_last":
@@ -93,7 +97,7 @@ class NaiveSpecGR:
             beams = sorted(grown, key=lambda beam: -beam[1])[: self.config.num_beams]
             depth += 1
         return Listed(
-            self._ranked(scored, accepted, beams, drafter, allowed, k, subset),
+            self._ranked(user, scored, accepted, beams, drafter, allowed, k, subset),
             len(accepted),
             depth,
             len(scored),
@@ -102,6 +106,7 @@ class NaiveSpecGR:
 
     def _ranked(
         self,
+        user: int,
         scored: dict[int, float],
         accepted: set[int],
         beams: list[tuple[Codes, float]],
@@ -115,10 +120,11 @@ class NaiveSpecGR:
         if len(accepted) >= k:
             found = {item: scored[item] for item in accepted}
         elif not subset:
-            for leaf, score in beams:
+            length = max(levels - 1, 1) if self.config.score == "drop_last_of_all" else levels
+            for leaf, _ in beams:
                 for item in allowed - set(scored):
                     if self.codes[item] == leaf:
-                        found[item] = score / levels
+                        found[item] = self.log_prob(user, leaf[:length]) / length
         known = {item: drafter[item] for item in allowed if item < len(drafter) and drafter[item] > -math.inf}
         worst = min(known.values(), default=0.0)
         found = {item: v + self.config.drafter_weight * known.get(item, worst) for item, v in found.items()}
@@ -180,7 +186,7 @@ def case(seed: int, ids: SemanticIds | None = None, **settings: Any) -> Case:
         "draft_size": drawn(1, 12),
         "num_beams": drawn(1, 8),
         "threshold": -0.5 - 0.25 * drawn(0, 12),
-        "score": ("drop_last", "in_sample_prefix")[drawn(0, 1)],
+        "score": SCORES[drawn(0, 2)],
         "min_prefix": drawn(1, 4),
         "drafter_weight": (0.0, 0.0, 0.25, 2.0)[drawn(0, 3)],
     }

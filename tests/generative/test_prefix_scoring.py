@@ -106,6 +106,7 @@ def test_scored_lengths() -> None:
     # In the trie's order: items 0 and 4, which share their codes, then 1, 2, 3.
     assert paths.item_ids_N.tolist() == [0, 4, 1, 2, 3]
     assert paths.scored_lengths(seen, "drop_last", 3).tolist() == [3, 2, 2, 2, 2]
+    assert paths.scored_lengths(seen, "drop_last_of_all", 3).tolist() == [2] * 5
     assert paths.scored_lengths(seen, "in_sample_prefix", 1).tolist() == [3, 3, 2, 1, 1]
     assert paths.scored_lengths(seen, "in_sample_prefix", 2).tolist() == [3, 3, 2, 2, 2]
     assert paths.scored_lengths(seen, "in_sample_prefix", 9).tolist() == [3] * 5

@@ -20,7 +20,7 @@ from generative_recommenders.generative.specgr_config import SpecGRConfig
 from generative_recommenders.generative.tiger import Tiger
 from generative_recommenders.generative.trie import Trie
 from tests.generative.beam_cases import batch_of, filter_of, random_ids, trie_of
-from tests.generative.specgr_cases import USERS, NaiveSpecGR, TableDrafter, assert_same, case, large_ids, listed
+from tests.generative.specgr_cases import SCORES, USERS, NaiveSpecGR, TableDrafter, assert_same, case, large_ids, listed
 from tests.generative.test_beam_heads import HEADS, far_from_the_start, histories_of, table_of, tiger
 
 FIELDS = ("items_BK", "codes_BKL", "valid_count_B", "accepted_B", "rounds_B", "drafted_B", "exact_B")
@@ -53,7 +53,7 @@ def test_equals_the_published_loop(part: int) -> None:
 def test_a_draft_of_the_whole_catalogue_is_exhaustive() -> None:
     config = BeamSearchConfig(length_normalize=True)
     for seed in range(30):
-        c = case(seed, draft_size=1000, threshold=-math.inf, drafter_weight=0.0)
+        c = case(seed, draft_size=1000, threshold=-math.inf, score="drop_last", drafter_weight=0.0)
         everything = c.trie.allow(torch.ones(len(c.ids), dtype=torch.bool))
         scores_UV = torch.randn(USERS, int(c.ids.item_ids_N[-1]) + 1, generator=c.generator)
         specgr = SpecGR(c.model, c.trie, TableDrafter(scores_UV), c.config, everything)
@@ -98,7 +98,7 @@ def test_every_head_is_verified_by_its_own_probabilities(head: str) -> None:
                 place = place * count + code
             return tables[len(prefix)][user, place].tolist()
 
-        score = "drop_last" if seed % 2 else "in_sample_prefix"
+        score = SCORES[seed % 3]
         config = SpecGRConfig(drafter="semantic_knn", draft_size=6, num_beams=4, score=score, min_prefix=1)
         codes = {
             item: tuple(own)
@@ -267,7 +267,7 @@ def test_settings_outside_their_range_are_refused(settings: dict[str, Any], name
 
 def test_runs_are_named_by_what_changes_their_lists() -> None:
     names = {
-        SpecGRConfig(**settings).describe()
+        SpecGRConfig(**settings)
         for settings in ({}, {"threshold": -1.8}, {"target_acceptance": 0.5}, {"draft_size": 20}, {"num_beams": 5},
                          {"score": "in_sample_prefix"}, {"score": "in_sample_prefix", "min_prefix": 2},
                          {"drafter": "semantic_knn"})
