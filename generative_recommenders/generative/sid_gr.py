@@ -4,6 +4,7 @@ Sources: NVIDIA's SID-GR (flattened codes, BOS before every item that carries lo
 "Actions Speak Louder than Words" (arXiv 2402.17152) for the HSTU backbone with its bias of position and time.
 
     x = Dropout(token[level, code] + level_embedding[level] + item_position[place])        [BOS] s1 .. sL for each item
+        + item[id] at s_L with `item_embeddings`, which is ours
     logits of s_{l+1} = head_l(LN(backbone(x)))            at the BOS (l = 0) and at s_l, over the codes of that level
 
 Differences from NVIDIA's: positions and levels are embedded, a level's probabilities are over its own codes with the
@@ -18,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generative_recommenders.batch import SequenceBatch
@@ -73,6 +75,9 @@ class SIDGR(DraftingModel):
         self.tokens = TokenEmbedding(table.sizes, config.dim, bos=True)
         self.level_embedding = _rows(table.levels, config.dim) if config.level_embeddings else None
         self.position_embedding = _rows(max_items + 1, config.dim) if config.item_positions else None
+        # Row = item id.
+        vectors = torch.zeros(len(table.row_of_item_V), config.dim)
+        self.item_embedding = nn.Parameter(vectors) if config.item_embeddings else None
         self.dropout = KeyedDropout(config.dropout_rate, 0)
         self.backbone = DecoderStack(config, longest_row(table.levels, max_items, config.loss_items))
         self.output_norm = nn.LayerNorm(config.dim)
@@ -186,10 +191,21 @@ class SIDGR(DraftingModel):
         codes_XLD = self.tokens.items(flat.codes_XL)
         if self.level_embedding is not None:
             codes_XLD = codes_XLD + self.level_embedding
+        if self.item_embedding is not None:
+            last_X1D = (codes_XLD[:, -1] + self._of_items(flat.items_X))[:, None]
+            codes_XLD = torch.cat([codes_XLD[:, :-1], last_X1D], 1)
         x_XCD = torch.cat([self.tokens.bos.expand(codes_XLD.shape[0], 1, -1), codes_XLD], 1)
         if self.position_embedding is not None:
             x_XCD = x_XCD + self.position_embedding[flat.places_X][:, None]
         return x_XCD.flatten(0, 1)[flat.cells_S]
+
+    def _of_items(self, item_ids_X: Tensor) -> Tensor:
+        """Vectors of items, (X, D); zeros of items that were added since, and of padding."""
+        assert self.item_embedding is not None
+        count = self.item_embedding.shape[0]
+        known_X = (item_ids_X > 0) & (item_ids_X < count)
+        rows_XD = F.embedding(torch.where(known_X, item_ids_X, 0), self.item_embedding)
+        return torch.where(known_X[:, None], rows_XD, 0.0)
 
     def _autocast(self, rows: SequenceBatch) -> AbstractContextManager[object]:
         return self._autocast_of(rows.offsets.device)

@@ -29,6 +29,9 @@ class SIDGRConfig:
     shared_heads: one output matrix for all levels instead of one a level; probabilities are over a level's own codes
     in both. item_positions: a learned vector for an item's place in the window, oldest first. level_embeddings: one for
     a code's level. time_bias: "hstu" knows when items happened; off, all times are equal.
+    item_embeddings (ours): the last code of an item in a history has a learned vector of the item added to it, so that
+    what is learned of one item need not go through codes that others share. It starts at 0 and stays there for items
+    that no training event has; what is generated is made of codes alone either way.
 
     activation_checkpoint: layers are computed again in backward. bf16: autocast of the backbone.
     """
@@ -45,6 +48,7 @@ class SIDGRConfig:
     item_positions: bool = True
     level_embeddings: bool = True
     time_bias: bool = True
+    item_embeddings: bool = False
     activation_checkpoint: bool = False
     bf16: bool = False
 
@@ -81,7 +85,7 @@ class SIDGRConfig:
         heads = "shared" if self.shared_heads else "per-level"
         return (
             f"SIDGR-{self.backbone}-d{self.dim}-b{self.num_blocks}-h{self.num_heads}-dr{self.dropout_rate}"
-            f"-{self.loss_on}-{heads}"
+            f"-{self.loss_on}-{heads}{'-items' if self.item_embeddings else ''}"
         )
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:

@@ -33,7 +33,7 @@ class FlatTokens:
     """Tokens of B rows.
 
     Args:
-        codes_XL: codes of the items; 0 where an item is open or has no ID.
+        items_X: item ids. codes_XL: their codes; 0 where an item is open or has no ID.
         places_X: place of an item in its row, oldest 0.
         cells_S: of each token its cell in the (X, L + 1) rectangle of BOS and codes of every item.
         rows: the tokens as rows of a batch, for layers: offsets, times as keys and as queries, and as item ids the item
@@ -44,6 +44,7 @@ class FlatTokens:
         unknown: events of the histories that were left out, having no ID.
     """
 
+    items_X: Tensor
     codes_XL: Tensor
     places_X: Tensor
     cells_S: Tensor
@@ -103,6 +104,7 @@ def flatten(
         events={},
     )
     return FlatTokens(
+        items_X=items_X,
         codes_XL=codes_XL.clamp(min=0),
         places_X=places_X,
         cells_S=cells_S,

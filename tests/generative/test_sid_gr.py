@@ -98,7 +98,8 @@ def explicit(model: SIDGR, history: list[int], times: list[int], query_time: int
                 marks.append(len(vectors))
             embedded = model.tokens.table[sum(model.sizes[:level]) + code]
             levelled = 0 if model.level_embedding is None else model.level_embedding[level]
-            vectors.append(embedded + levelled + position)
+            own = model.item_embedding if level == levels - 1 else None
+            vectors.append(embedded + levelled + position + (0 if own is None else own[history[place]]))
             keys.append(stamp)
             queries.append(stamps[place + 1] if level == levels - 1 else stamp)
     if not config.time_bias:
@@ -170,7 +171,7 @@ VARIANTS = [
     pytest.param({"loss_on": "last", "shared_heads": False}, id="last-per-level"),
     pytest.param({"loss_on": 2}, id="two"),
     pytest.param({"shared_heads": False, "item_positions": False, "level_embeddings": False}, id="bare"),
-    pytest.param({"num_heads": 1, "time_bias": False}, id="no-time"),
+    pytest.param({"num_heads": 1, "time_bias": False, "item_embeddings": True}, id="no-time-items"),
 ]
 
 
@@ -448,3 +449,21 @@ def test_one_level_needs_no_steps(backbone: str) -> None:
     torch.testing.assert_close(found.exp().sum(1), torch.ones(2, 1))
     loss, _ = model(batch_of([[1, 2, 3]]), 0)
     assert math.isfinite(float(loss.detach()))
+
+
+def test_items_of_histories_have_vectors_and_those_added_since_have_none() -> None:
+    table = ids(items=ITEMS - 2)
+    model = model_of(table=table, item_embeddings=True)
+    assert model.item_embedding is not None and len(model.item_embedding) == ITEMS - 1
+    model(batch_of([[3, 7, 11]]), seed=0)[0].backward()
+    # The target's own vector would follow the codes it is learned by.
+    learned = model.item_embedding.grad.abs().sum(1).nonzero()[:, 0]
+    assert learned.tolist() == [3, 7]
+    grown = batch_of([[3, ITEMS, 2]])
+    model.table = IdTable(ids())
+    with torch.no_grad():
+        before = model.history_states(grown).states_SD
+        model.item_embedding[[0, 7, ITEMS - 2]] += 5.0
+        torch.testing.assert_close(model.history_states(grown).states_SD, before)
+        model.item_embedding[3] += 5.0
+        assert not torch.allclose(model.history_states(grown).states_SD, before, atol=1e-2)
