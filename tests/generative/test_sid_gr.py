@@ -465,5 +465,5 @@ def test_items_of_histories_have_vectors_and_those_added_since_have_none() -> No
         before = model.history_states(grown).states_SD
         model.item_embedding[[0, 7, ITEMS - 2]] += 5.0
         torch.testing.assert_close(model.history_states(grown).states_SD, before)
-        model.item_embedding[3] += 5.0
+        model.item_embedding[3] += torch.linspace(-5, 5, model.config.dim)
         assert not torch.allclose(model.history_states(grown).states_SD, before, atol=1e-2)
