@@ -224,7 +224,7 @@ class HSTULayer(nn.Module):
         """Attention that was divided by n, divided by the tokens' numbers of keys instead where that is asked for."""
         if self.config.attention_divisor == "max_length":
             return attended
-        return attended * (self.num_positions / num_keys)[:, None]
+        return (attended * (self.num_positions / num_keys)[:, None]).to(attended.dtype)
 
     def _softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch, draws: Draws | None, groups: RowGroups

@@ -47,10 +47,11 @@ def list_ranks(result: BeamResult, targets_B: Tensor, codes_BL: Tensor) -> tuple
     """Ranks (B,) of target items and of target IDs among the distinct IDs; misses are `MAX_RANK + 1`."""
     valid_BK = result.valid_BK
     item_hits_BK = valid_BK & (result.items_BK == targets_B[:, None])
-    # Items of one ID stand together: an ID is new where it differs from the one before.
-    same_BK = torch.zeros_like(valid_BK)
-    same_BK[:, 1:] = (result.codes_BKL[:, 1:] == result.codes_BKL[:, :-1]).all(-1)
-    distinct_BK = (~same_BK).long().cumsum(1)
+    # An ID is new where no place before has it; items of one ID need not stand together where lists were reordered.
+    same_BKK = valid_BK[:, :, None] & valid_BK[:, None]
+    for codes_BK in result.codes_BKL.unbind(-1):
+        same_BKK &= codes_BK[:, :, None] == codes_BK[:, None]
+    distinct_BK = (~same_BKK.tril(-1).any(-1)).long().cumsum(1)
     id_hits_BK = valid_BK & (result.codes_BKL == codes_BL[:, None]).all(-1)
     places_BK = torch.arange(1, valid_BK.shape[1] + 1, device=valid_BK.device).expand_as(distinct_BK)
     return _first(item_hits_BK, places_BK), _first(id_hits_BK, distinct_BK)

@@ -89,6 +89,8 @@ class Plan:
                 f"train_generative.rerank_weight: got {experiment.rerank_weight} with draft_head.width = 0, expected a "
                 "model that scores items too; try draft_head.width = 128"
             )
+        if experiment.rerank_weight:
+            _check_reranked(model, search)
         specgr = config.build(SpecGRConfig) if experiment.search == "specgr" else None
         if specgr is not None and specgr.drafter == "encoder" and not draft.width:
             raise ConfigError(
@@ -119,6 +121,21 @@ class Plan:
             f"s{e.random_seed}",
         ]
         return "-".join(part for part in parts if part)[:200]
+
+
+def _check_reranked(model: ModelConfig, search: BeamSearchConfig) -> None:
+    """Raises ConfigError where lists are to be reranked whose scores or order are not those of log p(ID)."""
+    for name in ("length_normalize", "stochastic", "certify"):
+        if getattr(search, name):
+            raise ConfigError(
+                f"beam_search.{name}: got True with train_generative.rerank_weight > 0, expected False: what is "
+                "reranked are the best IDs by their log-probabilities, and nothing is proven of the new order"
+            )
+    if isinstance(model, ParallelTigerConfig) and model.modality_merge == "published":
+        raise ConfigError(
+            "parallel_tiger.modality_merge: got 'published' with train_generative.rerank_weight > 0, expected one that "
+            "keeps log-probabilities"
+        )
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class GenerativeConfig:
         self._expect(
             "rerank_weight",
             self.rerank_weight == 0 or self.search == "beam",
-            "0 with train_generative.search = 'specgr', whose order is that of the verifier",
+            "0 with train_generative.search = 'specgr'; try specgr.drafter_weight",
         )
         self._expect("num_workers", self.num_workers >= 0, "at least 0")
         self._expect("semantic_ids", len(self.semantic_ids) > 0, "the name of one table at least")

@@ -67,7 +67,7 @@ class SpecGRResult(BeamResult):
     the drafter's share is added to either.
 
     accepted_B, rounds_B, drafted_B: int64. exact_B: every item that is allowed was drafted, so the list is the top-K by
-    V; gap_B is inf elsewhere.
+    score (where the drafter has a share, if also no rejected draft was left out); gap_B is inf elsewhere.
     """
 
     accepted_B: Tensor
@@ -322,6 +322,9 @@ class SpecGR(Generic[C]):
         places_BK, scores_BK = places_BX.gather(1, order_BK).clamp(max=missing - 1), scores_BX.gather(1, order_BK)
         valid_BK = scores_BK > -math.inf
         exact_B = search.drafted_B == search.total_B
+        if self.config.drafter_weight:
+            # A draft that was rejected for its V may have the better score.
+            exact_B &= (search.accepted_B < k) | (search.accepted_B == search.drafted_B)
         return SpecGRResult(
             self.paths.item_ids_N[places_BK].masked_fill(~valid_BK, 0),
             self.paths.all_codes(places_BK).masked_fill(~valid_BK[..., None], -1),

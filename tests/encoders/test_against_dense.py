@@ -191,3 +191,15 @@ def test_last_states_are_the_last_rows_of_all_states(name: str) -> None:
         torch.testing.assert_close(
             model.last_states(x, data), model(x, data)[data.offsets[1:] - 1], atol=1e-5, rtol=1e-5
         )
+
+
+def test_half_precision_is_near_whatever_attention_is_divided_by() -> None:
+    for name in ("hstu:heads", "hstu:per_key"):
+        model, items = build(name)
+        data = batch(LENGTHS, ITEMS, seed=3)
+        whole = model(model.input(data, items, None), data)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            half = model(model.input(data, items, None), data)
+            last = model.eval().last_states(model.input(data, items, None), data)
+        torch.testing.assert_close(half.float(), whole, atol=0.05 * float(whole.detach().abs().max()), rtol=0)
+        torch.testing.assert_close(last.float(), half[data.offsets[1:] - 1].float(), atol=0.1, rtol=0.05)

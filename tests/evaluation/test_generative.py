@@ -44,6 +44,13 @@ def test_an_id_counts_once_and_an_item_takes_a_place_of_its_own() -> None:
     assert ids.tolist() == [3, 1, MISS, MISS]
 
 
+def test_items_of_one_id_need_not_stand_together() -> None:
+    result = listed([[1, 3, 2, 4, 6], [4, 1, 5, 2, 3]], 5)
+    targets = torch.tensor([6, 3])
+    items, ids = list_ranks(result, targets, CODES[targets])
+    assert items.tolist() == [5, 5] and ids.tolist() == [4, 3]
+
+
 def test_a_target_with_the_id_of_a_listed_item_hits_at_the_level_of_ids_alone() -> None:
     items, ids = list_ranks(listed([[3, 4]], 2), torch.tensor([5]), CODES[torch.tensor([5])])
     assert (items.tolist(), ids.tolist()) == ([MISS], [2])

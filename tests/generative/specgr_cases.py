@@ -101,7 +101,8 @@ class NaiveSpecGR:
             len(accepted),
             depth,
             len(scored),
-            len(scored) == len(allowed),
+            len(scored) == len(allowed)
+            and (not self.config.drafter_weight or len(accepted) < k or len(accepted) == len(scored)),
         )
 
     def _ranked(

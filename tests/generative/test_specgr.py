@@ -263,13 +263,3 @@ def test_what_does_not_fit_is_said() -> None:
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=f"specgr.{name}: got "):
         SpecGRConfig(**settings)
-
-
-def test_runs_are_named_by_what_changes_their_lists() -> None:
-    names = {
-        SpecGRConfig(**settings)
-        for settings in ({}, {"threshold": -1.8}, {"target_acceptance": 0.5}, {"draft_size": 20}, {"num_beams": 5},
-                         {"score": "in_sample_prefix"}, {"score": "in_sample_prefix", "min_prefix": 2},
-                         {"drafter": "semantic_knn"})
-    }  # fmt: skip
-    assert len(names) == 8

@@ -153,5 +153,9 @@ def test_reranking_is_a_choice_of_the_evaluation(make: Make, kind: str) -> None:
     expected = experiment.searcher(model).rerank.drafter.scores(next(iter(experiment.batches("test"))))
     assert lists[1.0].items_BK.tolist() == expected.topk(10).indices.tolist()
     assert lists[0.0].items_BK.tolist() != lists[1.0].items_BK.tolist()
+    chosen = (*head, "train_generative.rerank_weight = 0.5")
+    for name in ("length_normalize", "stochastic", "certify"):
+        with pytest.raises(ConfigError, match=rf"beam_search.{name}: got True with train_generative.rerank_weight > 0"):
+            make(*chosen, f"beam_search.{name} = True", kind=kind)
     with pytest.raises(ConfigError, match=r"rerank_weight: got 0.5 with draft_head.width = 0, expected a model"):
         make("train_generative.rerank_weight = 0.5", kind=kind)
