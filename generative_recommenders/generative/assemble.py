@@ -21,7 +21,7 @@ from generative_recommenders.generative.beam_result import BeamResult
 from generative_recommenders.generative.config import Candidates, GenerativeConfig
 from generative_recommenders.generative.decoding import GenerativeModel
 from generative_recommenders.generative.draft_head import DraftConfig, DraftHead, EncoderDrafter
-from generative_recommenders.generative.drafters import Drafter
+from generative_recommenders.generative.drafters import Drafter, MixedDrafter, SemanticKNN
 from generative_recommenders.generative.parallel_config import ParallelTigerConfig
 from generative_recommenders.generative.parallel_decoding import ParallelSearch, joint_ids
 from generative_recommenders.generative.parallel_tiger import ParallelTiger
@@ -298,10 +298,11 @@ def build_searcher(
     tables: Sequence[SemanticIds],
     trained_ids: Tensor,
     drafter: Drafter | None = None,
+    texts: SemanticKNN | None = None,
 ) -> Searcher:
     """The search that a plan names, over a trie of `tables`; `trained_ids` as of `candidate_filter`.
 
-    drafter: of SpecGR; None is the model's own.
+    drafter: of SpecGR; None is the model's own. texts: what is added to its scores, by `specgr.knn_weight`.
     """
     e, specgr = plan.experiment, None
     allowed = candidate_filter(trie, tables, e.candidates, trained_ids)
@@ -309,6 +310,9 @@ def build_searcher(
         # None of the items may be left that training has seen.
         in_sample = trie.allow(torch.isin(joined_ids(tables).item_ids_N, trained_ids))
         verifier: GenerativeModel[Any] = model
-        specgr = SpecGR(verifier, trie, drafter or EncoderDrafter(model), plan.specgr, in_sample)
+        chosen = drafter or EncoderDrafter(model)
+        if texts is not None:
+            chosen = MixedDrafter(chosen, texts, plan.specgr.knn_weight)
+        specgr = SpecGR(verifier, trie, chosen, plan.specgr, in_sample)
     rerank = Reranker(EncoderDrafter(model), e.rerank_weight, e.rerank_candidates) if e.rerank_weight else None
     return Searcher(model, trie, plan.search, e.top_k, e.filter_history, allowed, specgr, rerank)

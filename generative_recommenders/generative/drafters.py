@@ -67,6 +67,30 @@ class SemanticKNN:
         return (means_BD @ self.vectors_VD.T).masked_fill_(~self.known_V, -math.inf)
 
 
+class MixedDrafter:
+    """Scores of one drafter and, `weight` times, the similarity of texts.
+
+    A drafter that has learned from events knows what goes together, texts know what is new. Items whose texts are not
+    known are neither raised nor lowered, and what the drafter does not know stays unknown.
+    """
+
+    def __init__(self, base: Drafter, texts: SemanticKNN, weight: float) -> None:
+        self.base, self.texts, self.weight = base, texts, weight
+
+    def scores(self, batch: SequenceBatch) -> Tensor:
+        """(B, V) float32, column = item id, -inf for ids that `base` does not know."""
+        return self.added_to(self.base.scores(batch), batch)
+
+    def added_to(self, scores_BV: Tensor, batch: SequenceBatch) -> Tensor:
+        """The scores of `base`, which are at hand, with those of the texts."""
+        texts_BV = self.texts.scores(batch)
+        count = min(texts_BV.shape[1], scores_BV.shape[1])
+        texts_BV = torch.where(texts_BV.isneginf(), 0.0, texts_BV)[:, :count]
+        mixed_BV = scores_BV.clone()
+        mixed_BV[:, :count] += self.weight * texts_BV
+        return mixed_BV
+
+
 class RetrievalDrafter:
     """Scores of a trained retrieval model, with any similarity, for all items of its catalogue.
 

@@ -38,7 +38,7 @@ from generative_recommenders.generative.beam_result import BeamResult, slots_of
 from generative_recommenders.generative.beam_steps import Beams
 from generative_recommenders.generative.decoding import Context, GenerativeModel
 from generative_recommenders.generative.draft_head import EncoderDrafter, HistoryStates
-from generative_recommenders.generative.drafters import Drafter
+from generative_recommenders.generative.drafters import Drafter, MixedDrafter
 from generative_recommenders.generative.item_filter import Ranges, allowed_at
 from generative_recommenders.generative.item_paths import ItemPaths
 from generative_recommenders.generative.prefix_scoring import Prefixes, check_sizes, prefix_sums
@@ -192,12 +192,15 @@ class SpecGR(Generic[C]):
         """All requests before the first round, with the drafter's scores of what is allowed, not decoded yet."""
         context: C
         model: Any = self.model
-        own = isinstance(self.drafter, EncoderDrafter) and self.drafter.model is model
-        if own and isinstance(model, SharedPrefill) and isinstance(self.drafter, EncoderDrafter):
+        mixed = self.drafter if isinstance(self.drafter, MixedDrafter) else None
+        drafter = self.drafter if mixed is None else mixed.base
+        own = isinstance(drafter, EncoderDrafter) and drafter.model is model
+        if own and isinstance(model, SharedPrefill) and isinstance(drafter, EncoderDrafter):
             context, states = model.begin_with_states(batch)
-            scores_BV = self.drafter.scores_of(states)
+            scores_BV = drafter.scores_of(states)
         else:
-            context, scores_BV = self.model.begin(batch), self.drafter.scores(batch)
+            context, scores_BV = self.model.begin(batch), drafter.scores(batch)
+        scores_BV = scores_BV if mixed is None else mixed.added_to(scores_BV, batch)
         ids_N, known = self.paths.item_ids_N, scores_BV.shape[1]
         drafter_BN = scores_BV.float().index_select(1, ids_N.clamp(max=known - 1))
         drafter_BN.masked_fill_(~(self.paths.allowed(allowed) & (ids_N < known)), -math.inf)

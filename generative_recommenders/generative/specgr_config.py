@@ -21,6 +21,9 @@ class SpecGRConfig:
     "retrieval" a model of `train_fn` on the same dataset: that of `drafter_checkpoint`, or the newest finished run of
     the config file `drafter_config`, which is trained first where there is none.
 
+    knn_weight: with the drafters "encoder" and "retrieval" this much of that similarity, by the same `knn_…` bindings,
+    is added to their scores, which makes new items easier to draft. 0 is none.
+
     draft_size: items drafted a round. num_beams: prefixes that drafts of later rounds have to begin with. threshold: an
     item is accepted where its mean log-probability a code is above. target_acceptance: instead of the threshold given,
     the one that accepts this share of first-round drafts of the validation split; 0 is off.
@@ -46,6 +49,7 @@ class SpecGRConfig:
     drafter_config: str = ""
     knn_last_n: int = 0
     knn_whiten: bool = False
+    knn_weight: float = 0.0
     draft_size: int = 50
     num_beams: int = 30
     threshold: float = -1.4
@@ -67,6 +71,12 @@ class SpecGRConfig:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         self._expect("knn_last_n", self.knn_last_n >= 0, "at least 0; 0 is all events")
         self._expect("max_eval_steps", self.max_eval_steps >= 0, "at least 0; 0 is all batches")
+        self._expect("knn_weight", 0 <= self.knn_weight < math.inf, "0 or more")
+        self._expect(
+            "knn_weight",
+            self.knn_weight == 0 or self.drafter != "semantic_knn",
+            "0 with specgr.drafter = 'semantic_knn', which is that similarity alone",
+        )
         self._expect("drafter_weight", 0 <= self.drafter_weight < math.inf, "0 or more")
         self._expect("threshold", not math.isnan(self.threshold), "a number; log-probabilities are below 0")
         self._expect("target_acceptance", 0 <= self.target_acceptance <= 1, "a share from 0 to 1; 0 is off")

@@ -141,6 +141,11 @@ def _check_drafter(plan: Plan) -> None:
     """Raises ConfigError where the checkpoint does not hold what drafts."""
     if plan.specgr is None:
         return
+    if plan.specgr.knn_weight:
+        raise ConfigError(
+            f"specgr.knn_weight: got {plan.specgr.knn_weight}, which needs text vectors that a checkpoint does not "
+            "hold, expected 0; try --mode=evaluate, or a model trained without it"
+        )
     if plan.specgr.drafter != "encoder":
         raise ConfigError(
             f"specgr.drafter: got {plan.specgr.drafter!r}, which a checkpoint of the generative model does not hold, "

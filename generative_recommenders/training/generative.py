@@ -38,7 +38,8 @@ from generative_recommenders.generative.assemble import (
     load_ids,
 )
 from generative_recommenders.generative.draft_head import EncoderDrafter
-from generative_recommenders.generative.drafters import Drafter
+from generative_recommenders.generative.drafters import Drafter, SemanticKNN
+from generative_recommenders.generative.specgr_config import SpecGRConfig
 from generative_recommenders.generative.tiger import TigerConfig
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.generative.trie import Trie
@@ -123,7 +124,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         self.trains = True
         self._make_ids()
         # Before the model, as a drafter may have to be trained.
-        _ = self.drafter
+        _ = self.drafter, self.drafter_texts
         return super().train()
 
     def describe(self) -> str:
@@ -182,7 +183,8 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
     def searcher(self, model: GenerativeRecommender) -> Searcher:
         """The search of the present weights; SpecGR's threshold is tuned on valid where that is asked for."""
         trained_ids = self.catalogue.trained_V.cpu().nonzero().flatten()
-        searcher = build_searcher(self.plan, model, self.trie, self.tables, trained_ids, self.drafter)
+        drafter, texts = self.drafter, self.drafter_texts
+        searcher = build_searcher(self.plan, model, self.trie, self.tables, trained_ids, drafter, texts)
         if searcher.specgr is not None and searcher.specgr.config.target_acceptance:
             loader = self._loader(self.splits.valid, self.plan.experiment.eval_batch_size, shuffle=True)
             batches = itertools.islice(loader.epoch(0), _TUNING_BATCHES)
@@ -201,13 +203,22 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         if specgr is None or specgr.drafter == "encoder":
             return None
         if specgr.drafter == "semantic_knn":
-            last_n, whiten = specgr.knn_last_n, specgr.knn_whiten
-            return semantic_knn(self.tokenizer, self.dataset, self.runtime, last_n=last_n, whiten=whiten)
+            return self._neighbors(specgr)
         if specgr.drafter_checkpoint:
             run = Path(specgr.drafter_checkpoint)
         else:
             run = trained_drafter(specgr.drafter_config, self.dataset, self.places, self.runtime, train=self.trains)
         return retrieval_drafter(run, self.dataset, self.runtime)
+
+    @cached_property
+    def drafter_texts(self) -> SemanticKNN | None:
+        """What is added to the scores of SpecGR's drafter."""
+        specgr = self.plan.specgr
+        return self._neighbors(specgr) if specgr is not None and specgr.knn_weight else None
+
+    def _neighbors(self, specgr: SpecGRConfig) -> SemanticKNN:
+        last_n, whiten = specgr.knn_last_n, specgr.knn_whiten
+        return semantic_knn(self.tokenizer, self.dataset, self.runtime, last_n=last_n, whiten=whiten)
 
     @cached_property
     def catalogue(self) -> Catalogue:

@@ -14,7 +14,7 @@ from torch import Tensor
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
 from generative_recommenders.data.text_embeddings import Embeddings
-from generative_recommenders.generative.drafters import RetrievalDrafter, SemanticKNN, newest_events
+from generative_recommenders.generative.drafters import MixedDrafter, RetrievalDrafter, SemanticKNN, newest_events
 from generative_recommenders.retrieval.assemble import Plan, build_model
 from tests.batches import batch, rows_of
 from tests.test_main_mol import MOL
@@ -54,6 +54,30 @@ def test_semantic_knn_is_the_mean_of_unit_vectors(lengths: list[int], last_n: in
     for row, (first, end) in enumerate(zip(asked.offsets.tolist(), asked.offsets[1:].tolist(), strict=False)):
         expected = naive_knn(vectors(seed), known.tolist(), asked.item_ids_T[first:end].tolist(), last_n)
         torch.testing.assert_close(found[row], torch.tensor(expected), atol=1e-5, rtol=1e-4)
+
+
+class Fixed:
+    def __init__(self, scores_BV: Tensor) -> None:
+        self.scores_BV = scores_BV
+
+    def scores(self, batch: SequenceBatch) -> Tensor:
+        return self.scores_BV
+
+
+@pytest.mark.parametrize("size", [ITEMS - 4, ITEMS + 1, ITEMS + 3])
+def test_texts_are_added_to_what_a_drafter_knows(size: int) -> None:
+    """Which knows fewer, as many or more ids than there are texts, and some not at all."""
+    known = torch.arange(ITEMS + 1) % 5 != 2
+    texts, asked = SemanticKNN(vectors(), known), batch(LENGTHS, ITEMS, seed=2)
+    base_BV = torch.randn(len(LENGTHS), size, generator=torch.Generator().manual_seed(1))
+    base_BV[:, 3::4] = -math.inf
+    kept_BV = base_BV.clone()
+    found = MixedDrafter(Fixed(base_BV), texts, 0.7).scores(asked)
+    assert torch.equal(base_BV, kept_BV)
+    near = texts.scores(asked)
+    for item in range(size):
+        share = 0.7 * near[:, item] if item <= ITEMS and known[item] else 0.0
+        torch.testing.assert_close(found[:, item], base_BV[:, item] + share)
 
 
 def test_semantic_knn_of_embeddings_knows_the_items_that_have_one() -> None:

@@ -14,6 +14,7 @@ from generative_recommenders.data.errors import DataError
 from generative_recommenders.errors import UserError
 from generative_recommenders.generative.beam_config import BeamSearchConfig
 from generative_recommenders.generative.draft_head import DraftConfig, DraftHead, EncoderDrafter
+from generative_recommenders.generative.drafters import MixedDrafter, SemanticKNN
 from generative_recommenders.generative.scoring import exhaustive
 from generative_recommenders.generative.specgr import SpecGR, threshold_for
 from generative_recommenders.generative.specgr_config import SpecGRConfig
@@ -205,7 +206,7 @@ class CountingTiger(Tiger):
 class Apart:
     """A drafter of whose states the search knows nothing."""
 
-    def __init__(self, drafter: EncoderDrafter) -> None:
+    def __init__(self, drafter: EncoderDrafter | MixedDrafter) -> None:
         self.scores = drafter.scores
 
 
@@ -220,14 +221,16 @@ def test_a_model_that_drafts_reads_histories_once() -> None:
     trie, config = trie_of(ids), SpecGRConfig(draft_size=6, num_beams=4, threshold=-2.0)
     seen = trie.allow(torch.ones(len(ids), dtype=torch.bool))
     batch = batch_of(range(4), histories_of(ids, generator, [3, 1, 5, 2]))
-    drafter = EncoderDrafter(model)
-    expected = SpecGR(model, trie, Apart(drafter), config, seen)(batch, 5)
-    model.passes = 0
-    result = SpecGR(model, trie, drafter, config, seen)(batch, 5)
-    assert model.passes == 1
-    for name in FIELDS:
-        assert torch.equal(getattr(result, name), getattr(expected, name))
-    torch.testing.assert_close(result.scores_BK, expected.scores_BK)
+    own, size = EncoderDrafter(model), int(ids.item_ids_N[-1]) + 1
+    texts = SemanticKNN(torch.randn(size, 7, generator=generator), torch.ones(size, dtype=torch.bool))
+    for drafter in (own, MixedDrafter(own, texts, 0.5)):
+        expected = SpecGR(model, trie, Apart(drafter), config, seen)(batch, 5)
+        model.passes = 0
+        result = SpecGR(model, trie, drafter, config, seen)(batch, 5)
+        assert model.passes == 1
+        for name in FIELDS:
+            assert torch.equal(getattr(result, name), getattr(expected, name))
+        torch.testing.assert_close(result.scores_BK, expected.scores_BK)
 
 
 def test_what_does_not_fit_is_said() -> None:

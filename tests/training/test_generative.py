@@ -298,6 +298,8 @@ def test_specgr_drafts_by_texts_and_by_a_retrieval_model(make: Make, tmp_path: P
         assert evaluation.metrics["valid"] == 1.0 and evaluation.metrics["acceptance"] > 0.0
         some = make(*bindings, "specgr.max_eval_steps = 1", "train_generative.eval_batch_size = 7")
         assert some.evaluate_checkpoint(run, "test").num_users == 7
+    mixed = make(*bindings, "specgr.knn_weight = 4.0").evaluate_checkpoint(run, "test")
+    assert mixed.metrics["draft_ndcg@50"] != evaluation.metrics["draft_ndcg@50"]
     nobody = make(*bindings, "specgr.eval_mode = 'unseen'").evaluate_checkpoint(run, "test")
     assert nobody.num_users < evaluation.num_users
     # Training selects by all users, whatever is asked of an evaluation.
