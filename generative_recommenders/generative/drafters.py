@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
+from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.retrieval.model import RetrievalModel
 from ops.row_sums import row_sums
+
+# Of a checkpoint, the vectors that a drafter goes by, where one goes by texts.
+TEXTS_FILE = "texts.safetensors"
 
 
 class Drafter(Protocol):
@@ -54,6 +61,23 @@ class SemanticKNN:
         known_V = torch.zeros(size, dtype=torch.bool)
         known_V[embeddings.item_ids_N] = True
         return cls(vectors_VD.to(device), known_V.to(device), last_n)
+
+    def save(self, path: Path) -> None:
+        """What a recommender needs to score by texts, in one file."""
+        aside = path.with_name(f".{path.name}")
+        tensors = {"vectors": self.vectors_VD.cpu().contiguous(), "known": self.known_V.cpu().contiguous()}
+        save_file(tensors, aside, {"last_n": str(self.last_n)})
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> SemanticKNN:
+        """Raises DataError where the file is missing, damaged or another one."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                last_n = int((file.metadata() or {})["last_n"])
+                return cls(file.get_tensor("vectors"), file.get_tensor("known"), last_n)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: no text vectors can be read ({error})") from error
 
     @torch.no_grad()
     def scores(self, batch: SequenceBatch) -> Tensor:

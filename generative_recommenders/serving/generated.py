@@ -26,6 +26,7 @@ from generative_recommenders.generative.assemble import (
     build_searcher,
     build_trie,
 )
+from generative_recommenders.generative.drafters import TEXTS_FILE, SemanticKNN
 from generative_recommenders.generative.tokens import IdTable
 from generative_recommenders.serving.recommender import HistoryRecommender, Recommender, offsets_of
 from generative_recommenders.tokenizers.importers import level_names
@@ -48,6 +49,8 @@ class GeneratedRecommender(HistoryRecommender):
     searcher: Searcher = field(kw_only=True)
     # Ids of the items that training had.
     trained_ids: Tensor = field(kw_only=True)
+    # What drafts go by beside the model's states, or alone, where it is texts.
+    texts: SemanticKNN | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_checkpoint(
@@ -71,7 +74,7 @@ class GeneratedRecommender(HistoryRecommender):
         plan = _tuned(plan, model)
         e, place = plan.experiment, torch.device(device)
         trie, catalog = build_trie(tables, place), read_catalog(checkpoint.path / "items.parquet")
-        trained_ids = _trained_ids(checkpoint, catalog, plan)
+        trained_ids, texts = _trained_ids(checkpoint, catalog, plan), _texts(checkpoint, plan, place)
         return cls(
             model=model,
             catalog=catalog,
@@ -80,8 +83,9 @@ class GeneratedRecommender(HistoryRecommender):
             filter_history=e.filter_history,
             users=read_users(checkpoint.path / USERS_FILE),
             plan=plan,
-            searcher=build_searcher(plan, model, trie, tables, trained_ids),
+            searcher=build_searcher(plan, model, trie, tables, trained_ids, *_drafting(plan, texts)),
             trained_ids=trained_ids,
+            texts=texts,
         )
 
     def with_ids(self, *tables: SemanticIds) -> GeneratedRecommender:
@@ -103,7 +107,8 @@ class GeneratedRecommender(HistoryRecommender):
         model._modules = dict(self.model._modules)
         model.table = IdTable(*tables).to(self.device)
         trie = build_trie(tables, self.device)
-        searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids)
+        drafting = _drafting(self.plan, self.texts)
+        searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids, *drafting)
         return replace(self, model=model, searcher=searcher, catalog=_grown(self.catalog, tables[0]))
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
@@ -141,16 +146,24 @@ def _check_drafter(plan: Plan) -> None:
     """Raises ConfigError where the checkpoint does not hold what drafts."""
     if plan.specgr is None:
         return
-    if plan.specgr.knn_weight:
+    if plan.specgr.drafter == "retrieval":
         raise ConfigError(
-            f"specgr.knn_weight: got {plan.specgr.knn_weight}, which needs text vectors that a checkpoint does not "
-            "hold, expected 0; try --mode=evaluate, or a model trained without it"
+            "specgr.drafter: got 'retrieval', a model that a checkpoint of the generative model does not hold, expected "
+            "'encoder' or 'semantic_knn'; try a model trained with train_generative.search = 'beam'"
         )
-    if plan.specgr.drafter != "encoder":
-        raise ConfigError(
-            f"specgr.drafter: got {plan.specgr.drafter!r}, which a checkpoint of the generative model does not hold, "
-            "expected 'encoder'; try a model trained with train_generative.search = 'beam'"
-        )
+
+
+def _texts(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> SemanticKNN | None:
+    """The vectors that drafts go by, None where they go by none. Raises DataError where the checkpoint lacks them."""
+    if plan.specgr is None or not (plan.specgr.knn_weight or plan.specgr.drafter == "semantic_knn"):
+        return None
+    return SemanticKNN.load(checkpoint.path / TEXTS_FILE, device)
+
+
+def _drafting(plan: Plan, texts: SemanticKNN | None) -> tuple[SemanticKNN | None, SemanticKNN | None]:
+    """What drafts in place of the model itself, and what is added to a drafter's scores."""
+    alone = plan.specgr is not None and plan.specgr.drafter == "semantic_knn"
+    return (texts, None) if alone else (None, texts)
 
 
 def _tuned(plan: Plan, model: GenerativeRecommender) -> Plan:

@@ -38,7 +38,7 @@ from generative_recommenders.generative.assemble import (
     load_ids,
 )
 from generative_recommenders.generative.draft_head import EncoderDrafter
-from generative_recommenders.generative.drafters import Drafter, SemanticKNN
+from generative_recommenders.generative.drafters import TEXTS_FILE, Drafter, SemanticKNN
 from generative_recommenders.generative.specgr_config import SpecGRConfig
 from generative_recommenders.generative.tiger import TigerConfig
 from generative_recommenders.generative.tokens import IdTable
@@ -258,12 +258,17 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         return replace(evaluation, metrics=evaluation.metrics | drafts)
 
     def extra_files(self, folder: Path) -> list[Path]:
-        """The item map, the tables of semantic IDs, and the users where the model has tokens of them."""
+        """The item map, the tables of semantic IDs, and what is read or drafted by: users, and texts of items."""
         places = [folder / f"{IDS_FOLDER}-{number}" for number in range(len(self.tables))]
         if self.runtime.is_main:
             for table, place in zip(self.tables, places, strict=True):
                 table.save(place)
         files = [self.dataset.folder / "items.parquet", *places]
+        texts = self.drafter if isinstance(self.drafter, SemanticKNN) else self.drafter_texts
+        if texts is not None:
+            if self.runtime.is_main:
+                texts.save(folder / TEXTS_FILE)
+            files.append(folder / TEXTS_FILE)
         if isinstance(self.plan.model, TigerConfig) and self.plan.model.user_tokens:
             if self.runtime.is_main:
                 write_users(self.dataset, folder / USERS_FILE)

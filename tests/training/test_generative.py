@@ -18,6 +18,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.drafters import TEXTS_FILE
 from generative_recommenders.generative.specgr import SpecGRResult
 from generative_recommenders.serving.export import export
 from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
@@ -306,6 +307,27 @@ def test_specgr_drafts_by_texts_and_by_a_retrieval_model(make: Make, tmp_path: P
     whole, folder = make(*bindings, "specgr.max_eval_steps = 1", "train_generative.eval_batch_size = 7").train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {line["users"] for line in lines} == {whole.num_users} and whole.num_users > 7
+
+
+@pytest.mark.parametrize("drafter", ["encoder", "semantic_knn"])
+def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter: str) -> None:
+    bindings = ["train_generative.search = 'specgr'", "specgr.draft_size = 4", "specgr.threshold = -100.0"]
+    bindings += ["specgr.knn_last_n = 2", "specgr.knn_whiten = True", f"specgr.drafter = '{drafter}'"]
+    bindings += ["draft_head.width = 8", "specgr.knn_weight = 5.0"] if drafter == "encoder" else []
+    experiment = make(*bindings)
+    _, run = experiment.train()
+    checkpoint, model = find_checkpoint(run), experiment.model()
+    checkpoint.load_model(model)
+    recommender = recommender_of(checkpoint)
+    assert isinstance(recommender, GeneratedRecommender)
+    batch = next(iter(experiment.batches("test")))
+    expected = experiment.searcher(model.eval())(batch)
+    assert recommender.searcher(batch).items_BK.tolist() == expected.items_BK.tolist()
+    grown = recommender.with_ids(*experiment.tables)
+    assert grown.searcher(batch).items_BK.tolist() == expected.items_BK.tolist()
+    (checkpoint.path / TEXTS_FILE).write_bytes(b"half")
+    with pytest.raises(DataError, match="no text vectors can be read"):
+        recommender_of(checkpoint)
 
 
 def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_path: Path) -> None:
