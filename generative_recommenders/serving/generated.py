@@ -148,7 +148,7 @@ def _check_drafter(plan: Plan) -> None:
         return
     if plan.specgr.drafter == "retrieval":
         raise ConfigError(
-            "specgr.drafter: got 'retrieval', a model that a checkpoint of the generative model does not hold, expected "
+            "specgr.drafter: got 'retrieval', a model that a generative model's checkpoint does not hold, expected "
             "'encoder' or 'semantic_knn'; try a model trained with train_generative.search = 'beam'"
         )
 
