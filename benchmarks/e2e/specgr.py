@@ -20,6 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from generative_recommenders.generative.beam import beam_search
 from generative_recommenders.generative.beam_config import BeamSearchConfig
 from generative_recommenders.generative.beam_result import BeamResult
 from generative_recommenders.generative.draft_head import EncoderDrafter
+from generative_recommenders.generative.item_paths import Score
 from generative_recommenders.generative.prefix_scoring import rank_items
 from generative_recommenders.generative.specgr import SpecGR
 from generative_recommenders.generative.specgr_config import SpecGRConfig
@@ -61,7 +63,11 @@ def searches(own: GeneratedRecommender, valid: Split, k: int, arguments: argpars
     tuning = batches_of(valid, arguments.batch, arguments.batches, arguments.seed)
     for drafts in arguments.drafts:
         settings = SpecGRConfig(
-            draft_size=drafts, num_beams=arguments.beams, target_acceptance=arguments.acceptance, threshold=-100.0
+            draft_size=drafts,
+            num_beams=arguments.beams,
+            target_acceptance=arguments.acceptance,
+            threshold=-100.0,
+            score=arguments.score,
         )
         specgr = SpecGR(model, trie, drafter, settings, in_sample).calibrated(tuning)  # type: ignore[type-var]
         found[f"specgr_{drafts}"] = lambda batch, s=specgr: s(batch, k)
@@ -126,6 +132,7 @@ def main() -> int:
     argument("--drafts", type=int, nargs="+", default=[20, 50, 100])
     argument("--results_at", type=int, nargs="+", default=[10, 50], help="numbers of results K")
     argument("--acceptance", type=float, default=0.8)
+    argument("--score", choices=get_args(Score), default="drop_last", help="which codes are scored, see specgr.score")
     argument("--subset", type=int, default=10_000)
     argument("--alone", type=int, default=100)
     argument("--seed", type=int, default=42)
@@ -147,6 +154,7 @@ def main() -> int:
         rows += subset(own, batches_of(splits.test, 1, 1, arguments.seed)[0], 50, arguments)
     about = {"dataset": dataset.name, "model": own.plan.experiment.model, "batch": arguments.batch}
     about |= {"beams": arguments.beams, "acceptance": arguments.acceptance, "seed": arguments.seed}
+    about["score"] = arguments.score
     for row in rows:
         rate = f"  hr@{row['k']} {row['hr']:.4f}" if "hr" in row else f"  of {row['subset']:,} items"
         sys.stdout.write(
