@@ -34,9 +34,12 @@ def draw_tradeoff(rows: Sequence[Row], x: str, y: str, path: Path) -> None:
     axes.scatter([a for _, a, _ in found], [b for _, _, b in found], color="tab:blue")
     # What all points have in common is said once.
     shared = set.intersection(*(set(row.label.split()) for row, _, _ in found)) if len(found) > 1 else set()
+    middle = (min(a for _, a, _ in found) + max(a for _, a, _ in found)) / 2
     for row, a, b in found:
         label = " ".join(word for word in row.label.split() if word not in shared)
-        axes.annotate(label, (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        # Towards the middle, so that it stays inside.
+        side, shift = ("right", -4) if a > middle else ("left", 4)
+        axes.annotate(label, (a, b), xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(" ".join(word for word in found[0][0].label.split() if word in shared), fontsize=9)
