@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import main as launcher
 import run_grid
 import run_merlin_grid
 from generative_recommenders.errors import UserError, exit_on_user_error
@@ -365,9 +366,13 @@ def test_a_checkpoint_is_evaluated_under_every_combination_and_drawn(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     small = [TOY, *SMALL, SMALL_ENCODER["HSTU"][0], "train_fn.num_negatives = 8", "train_fn.num_epochs = 1"]
-    flags = ["--configs", os.fspath(ROOT / DEMO), *(f"--gin_bindings={binding}" for binding in small)]
-    assert launch(*flags, real=True).status == 0
-    (run,) = {path.parent for path in (tmp_path / "out").glob("runs/*/*/*/metrics.json")}
+    bindings = [f"--gin_bindings={binding}" for binding in small]
+    places = [f"--data_dir={data_dir}", f"--exps_dir={tmp_path / 'exps'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["main.py", f"--gin_config_file={ROOT / DEMO}", *bindings, *places])
+        launcher.main()
+    (run,) = {path.parent for path in (tmp_path / "exps").glob("*/*/metrics.json")}
+    flags = ["--configs", os.fspath(ROOT / DEMO), *bindings, "--jobs=2"]
     swept = [*flags, f"--checkpoint={run}", "--sweep", "train_fn.filter_history=True,False"]
     outcome = launch(*swept, "--plot", "hr@10", "ndcg@10", real=True)
     assert outcome.status == 0, outcome.err
