@@ -48,10 +48,11 @@ def list_ranks(result: BeamResult, targets_B: Tensor, codes_BL: Tensor) -> tuple
     valid_BK = result.valid_BK
     item_hits_BK = valid_BK & (result.items_BK == targets_B[:, None])
     # An ID is new where no place before has it; items of one ID need not stand together where lists were reordered.
-    same_BKK = valid_BK[:, :, None] & valid_BK[:, None]
-    for codes_BK in result.codes_BKL.unbind(-1):
-        same_BKK &= codes_BK[:, :, None] == codes_BK[:, None]
-    distinct_BK = (~same_BKK.tril(-1).any(-1)).long().cumsum(1)
+    keys = torch.unique(result.codes_BKL.flatten(0, 1), dim=0, return_inverse=True)[1]
+    key_BK, order_BK = keys.view(valid_BK.shape).sort(dim=1, stable=True)
+    new_BK = torch.ones_like(valid_BK)
+    new_BK[:, 1:] = key_BK[:, 1:] != key_BK[:, :-1]
+    distinct_BK = torch.zeros_like(keys.view(valid_BK.shape)).scatter(1, order_BK, new_BK.long()).cumsum(1)
     id_hits_BK = valid_BK & (result.codes_BKL == codes_BL[:, None]).all(-1)
     places_BK = torch.arange(1, valid_BK.shape[1] + 1, device=valid_BK.device).expand_as(distinct_BK)
     return _first(item_hits_BK, places_BK), _first(id_hits_BK, distinct_BK)

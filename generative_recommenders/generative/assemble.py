@@ -134,7 +134,7 @@ def _check_reranked(model: ModelConfig, search: BeamSearchConfig) -> None:
     if isinstance(model, ParallelTigerConfig) and model.modality_merge == "published":
         raise ConfigError(
             "parallel_tiger.modality_merge: got 'published' with train_generative.rerank_weight > 0, expected one that "
-            "keeps log-probabilities"
+            "keeps log-probabilities; try 'joint'"
         )
 
 

@@ -82,8 +82,10 @@ class SemanticKNN:
     @torch.no_grad()
     def scores(self, batch: SequenceBatch) -> Tensor:
         """(B, V) float32, column = item id, -inf for ids it does not know."""
-        ids_T, rows_T = batch.item_ids_T, batch.rows_T()
-        counts_T = self.has_vector_V[ids_T]
+        # Items that were added since have no vector here.
+        known_T = batch.item_ids_T < len(self.has_vector_V)
+        ids_T, rows_T = torch.where(known_T, batch.item_ids_T, 0), batch.rows_T()
+        counts_T = known_T & self.has_vector_V[ids_T]
         if self.last_n:
             counts_T = counts_T & (batch.positions_T() >= batch.lengths_B[rows_T] - self.last_n)
         sums_BD = row_sums(rows_T[counts_T], self.vectors_VD[ids_T[counts_T]], num_rows=batch.size)
@@ -95,7 +97,7 @@ class MixedDrafter:
     """Scores of one drafter and, `weight` times, the similarity of texts.
 
     A drafter that has learned from events knows what goes together, texts know what is new. Items whose texts are not
-    known are neither raised nor lowered, and what the drafter does not know stays unknown.
+    known get nothing added, as if they were near to nothing, and what the drafter does not know stays unknown.
     """
 
     def __init__(self, base: Drafter, texts: SemanticKNN, weight: float) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,19 @@ class SIDGR(DraftingModel):
         self.backbone = DecoderStack(config, longest_row(table.levels, max_items, config.loss_items))
         self.output_norm = nn.LayerNorm(config.dim)
         self.heads = CodeHeads(table.sizes, config.dim, shared=config.shared_heads)
+
+    @property
+    def flexible_buffers(self) -> frozenset[str]:
+        """A checkpoint's items stay those of its vectors where items were added since; see `DraftingModel`."""
+        own = () if self.item_embedding is None else ("item_embedding",)
+        return super().flexible_buffers | frozenset(own)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}item_embedding")
+        if found is not None and self.item_embedding is not None:
+            # The same parameter, which an optimizer may hold already.
+            self.item_embedding.data = self.item_embedding.data.new_empty(found.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
         """Of the BOS of the item to predict, which has seen all of the history; see `DraftingModel`."""

@@ -39,12 +39,20 @@ def build_text_items(
 
 
 def whitened(vectors_XE: Tensor, fitted_X: Tensor | None = None) -> Tensor:
-    """Vectors (X, E) of which the fitted rows, bool (X,), have mean 0 and, as far as they vary, covariance 1."""
-    values_XE = vectors_XE.double()
-    own = values_XE if fitted_X is None or not bool(fitted_X.any()) else values_XE[fitted_X]
+    """Vectors (X, E) of which the fitted rows, bool (X,), have mean 0 and, as far as they vary, covariance 1.
+
+    Rows of zeros stand for nothing: they stay as they are and do not count.
+    """
+    values_XE, filled_X = vectors_XE.double(), vectors_XE.any(dim=1)
+    chosen_X = filled_X if fitted_X is None else filled_X & fitted_X
+    chosen_X = chosen_X if bool(chosen_X.any()) else filled_X
+    if not bool(filled_X.any()):
+        return vectors_XE
+    own = values_XE[chosen_X]
     mean_E = own.mean(0)
     centred = own - mean_E
     eigenvalues_E, directions_EE = torch.linalg.eigh(centred.T @ centred / len(own))
     floor = (_SMALLEST_EIGENVALUE * eigenvalues_E.mean()).clamp(min=torch.finfo(torch.float32).tiny)
     scaled_EE = directions_EE * eigenvalues_E.clamp(min=floor).rsqrt()
-    return ((values_XE - mean_E) @ (scaled_EE @ directions_EE.T)).to(vectors_XE.dtype)
+    found_XE = ((values_XE - mean_E) @ (scaled_EE @ directions_EE.T)).to(vectors_XE.dtype)
+    return found_XE.masked_fill_(~filled_X[:, None], 0.0)

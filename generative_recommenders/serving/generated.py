@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 class GeneratedRecommender(HistoryRecommender):
     """A generative model with its IDs; `recommend` adds the column `semantic_id`, such as `<a_3><b_17>`.
 
-    Scores are log-probabilities. Users get fewer than k rows where the search's widths leave fewer.
+    Scores are those of the search: log-probabilities, with SpecGR their means a code, or what they were mixed with.
+    Users get fewer than k rows where the search's widths leave fewer.
     """
 
     model: GenerativeRecommender
@@ -92,7 +93,9 @@ class GeneratedRecommender(HistoryRecommender):
         """A recommender of the same weights over later versions of its semantic IDs, which items were added to.
 
         New items are listed from then on, and read in histories; removed ones are not listed. Both recommenders can go
-        on side by side. Titles of items that the checkpoint does not know are None.
+        on side by side. Titles of items that the checkpoint does not know are None. Nor does it know vectors of their
+        texts: with `specgr.knn_weight` they are drafted by the model's states alone, and with `specgr.drafter =
+        "semantic_knn"` they are listed where the beam arrives at them.
 
         Raises:
             DataError: a table is no version that has grown from the model's.
@@ -168,8 +171,13 @@ def _drafting(plan: Plan, texts: SemanticKNN | None) -> tuple[SemanticKNN | None
 
 def _tuned(plan: Plan, model: GenerativeRecommender) -> Plan:
     """The plan with the threshold that was tuned for the weights, where one was."""
-    if plan.specgr is None or not plan.specgr.target_acceptance or model.draft is None:
+    if plan.specgr is None or not plan.specgr.target_acceptance:
         return plan
+    if model.draft is None:
+        raise ConfigError(
+            f"specgr.target_acceptance: got {plan.specgr.target_acceptance} with draft_head.width = 0, whose "
+            "checkpoint does not hold the threshold that was tuned, expected 0; try specgr.threshold"
+        )
     threshold = float(model.draft.threshold)
     return plan if math.isnan(threshold) else replace(plan, specgr=replace(plan.specgr, threshold=threshold))
 

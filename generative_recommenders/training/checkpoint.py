@@ -9,6 +9,7 @@ of a step derives from (seed, step), so progress is the generator state.
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -119,6 +120,8 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Names of shared copies that are those of this process's files.
+        self._compared: set[str] = set()
 
     def path(self, step: int) -> Path:
         return self.folder / f"{_PREFIX}{step:08d}"
@@ -177,9 +180,14 @@ class CheckpointFolder:
             self._copy(file, target / file.name, f"{source.name}-{file.name}")
 
     def _copy(self, source: Path, target: Path, name: str) -> None:
-        """Copied once a run; further checkpoints link to the first copy, so a large item map costs nothing."""
+        """Copied once a run; further checkpoints link to the first copy, so a large item map costs nothing.
+
+        A run that goes on may do so with other files; those of the checkpoints before stay as they are.
+        """
         shared = self.folder / name
-        if not shared.exists():
+        known = shared.exists() and (name in self._compared or filecmp.cmp(source, shared, shallow=False))
+        self._compared.add(name)
+        if not known:
             aside = self.folder / f".{name}.{os.getpid()}"
             shutil.copyfile(source, aside)
             os.replace(aside, shared)

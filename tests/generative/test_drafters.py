@@ -80,6 +80,18 @@ def test_texts_are_added_to_what_a_drafter_knows(size: int) -> None:
         torch.testing.assert_close(found[:, item], base_BV[:, item] + share)
 
 
+def test_events_of_items_added_since_do_not_count() -> None:
+    texts = SemanticKNN(vectors(), torch.ones(ITEMS + 1, dtype=torch.bool))
+    asked = batch([3, 2], ITEMS, seed=5)
+    grown = replace(
+        asked, item_ids_T=torch.where(torch.tensor([False, True, False, True, True]), ITEMS + 9, asked.item_ids_T)
+    )
+    one = rows_of(asked, [0])
+    kept = replace(one, item_ids_T=one.item_ids_T[[0, 2]], offsets=torch.tensor([0, 2]))
+    torch.testing.assert_close(texts.scores(grown)[0], texts.scores(kept)[0])
+    assert bool((texts.scores(grown)[1] == 0).all())
+
+
 def test_semantic_knn_of_embeddings_knows_the_items_that_have_one() -> None:
     embeddings = Embeddings(CATALOG, vectors()[CATALOG], "")
     found = SemanticKNN.of(embeddings).scores(batch(LENGTHS, 6))

@@ -184,6 +184,14 @@ def test_whitened_over_the_fitted_rows_alone() -> None:
     torch.testing.assert_close(whitened(vectors, torch.zeros(300, dtype=torch.bool)), whitened(vectors))
 
 
+def test_rows_of_nothing_stay_nothing_and_do_not_count() -> None:
+    vectors = torch.randn(40, 3) + 2
+    holes = torch.cat([vectors, torch.zeros(5, 3)])
+    fitted = torch.arange(45) >= 20
+    torch.testing.assert_close(whitened(holes, fitted)[:40], whitened(vectors, fitted[:40]))
+    assert bool((whitened(holes, fitted)[40:] == 0).all()) and bool((whitened(torch.zeros(4, 3)) == 0).all())
+
+
 def test_whitening_leaves_what_does_not_vary_alone() -> None:
     vectors = torch.randn(50, 1) * torch.ones(50, 3)
     assert bool(whitened(vectors).isfinite().all())

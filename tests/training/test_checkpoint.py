@@ -146,6 +146,15 @@ def test_items_are_copied_once_and_linked(tmp_path: Path) -> None:
     assert folder.steps() == [1, 2]
 
 
+def test_a_run_that_goes_on_with_other_files_has_them_in_its_checkpoints(tmp_path: Path) -> None:
+    items, places = tmp_path / "items.parquet", []
+    for step, content in enumerate((b"one", b"two", b"two")):
+        items.write_bytes(content)
+        progress = Progress(step=step, kept_steps=[0, 1, 2])
+        places.append(CheckpointFolder(tmp_path / "run").save(*trained(), progress, "", {}, [items]))
+    assert [(place / items.name).read_bytes() for place in places] == [b"one", b"two", b"two"]
+
+
 def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, step=1)
 

@@ -18,7 +18,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
-from generative_recommenders.generative.drafters import TEXTS_FILE
+from generative_recommenders.generative.drafters import TEXTS_FILE, SemanticKNN
 from generative_recommenders.generative.specgr import SpecGRResult
 from generative_recommenders.serving.export import export
 from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
@@ -323,8 +323,17 @@ def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter
     batch = next(iter(experiment.batches("test")))
     expected = experiment.searcher(model.eval())(batch)
     assert recommender.searcher(batch).items_BK.tolist() == expected.items_BK.tolist()
+    assert recommender.texts is not None and recommender.texts.last_n == 2
+    plain = make(*(b for b in bindings if "whiten" not in b))
+    other = plain.drafter if drafter == "semantic_knn" else plain.drafter_texts
+    assert isinstance(other, SemanticKNN)
+    assert not torch.allclose(other.vectors_VD, recommender.texts.vectors_VD, atol=0.1)
     grown = recommender.with_ids(*experiment.tables)
     assert grown.searcher(batch).items_BK.tolist() == expected.items_BK.tolist()
+    if drafter == "semantic_knn":
+        _, tuned = make(*bindings, "specgr.target_acceptance = 0.5").train()
+        with pytest.raises(ConfigError, match=r"target_acceptance: got 0.5 with draft_head.width = 0"):
+            recommender_of(find_checkpoint(tuned))
     (checkpoint.path / TEXTS_FILE).write_bytes(b"half")
     with pytest.raises(DataError, match="no text vectors can be read"):
         recommender_of(checkpoint)
@@ -369,7 +378,8 @@ def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: str) -> None:
-    experiment = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", kind=kind)
+    own = ("sid_gr.item_embeddings = True",) if kind == "sid-gr-hstu" else ()
+    experiment = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", *own, kind=kind)
     _, run = experiment.train()
     recommender = recommender_of(find_checkpoint(run))
     assert isinstance(recommender, GeneratedRecommender)
@@ -382,7 +392,7 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
     grown = recommender.with_ids(load_current(folder))
     asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[:3]], [None], [None])
     # Metrics of what the catalogue is now, with ids beyond those of the dataset.
-    evaluated = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", kind=kind)
+    evaluated = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", *own, kind=kind)
     assert evaluated.evaluate_checkpoint(run, "test").metrics["valid"] == 1.0
     everything = len(old) + 1
     before, after = (r.recommend(asked, everything, filter_history=False) for r in (recommender, grown))
