@@ -243,8 +243,13 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
             self.catalogue,
             self.plan.experiment.top_k,
         )
-        drafter: Scores | None = searcher.specgr.drafter if searcher.specgr is not None else None
-        if drafter is None and model.draft is not None:
+        # The searcher's own where it has one: its items are encoded already.
+        drafter: Scores | None = None
+        if searcher.specgr is not None:
+            drafter = searcher.specgr.drafter
+        elif searcher.rerank is not None:
+            drafter = searcher.rerank.drafter
+        elif model.draft is not None:
             drafter = EncoderDrafter(model)
         if drafter is None:
             return evaluation
