@@ -48,7 +48,7 @@ $(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
 
 # One thread a worker: threads of several workers on the same cores only wait for each other.
 test: dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --durations=20
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal --durations=20
 
 lint: dev
 	$(RUN) -m ruff check .

@@ -44,6 +44,7 @@ MODELS = {"TIGER": "tiger", "ParallelTIGER": "parallel_tiger", "SIDGR": "sid_gr"
 # Of the models' bindings, those that change how a trained model is used or computed, or nothing, not what it is.
 _USE_BINDINGS = ("decoding", "modality_merge", "activation_checkpoint", "has_relative_decoder_item_bias_sa")
 _MODEL_BINDINGS = ("model", "max_sequence_length", "eval_split")
+_HEAD_BINDINGS = ("width", "temperature", "l2_norm", "items")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
         own: dict[str, object] = {f"train_generative.{n}": getattr(self.experiment, n) for n in _MODEL_BINDINGS}
         prefix = MODELS[self.experiment.model]
         chosen = {name: value for name, value in asdict(self.model).items() if name not in _USE_BINDINGS}
-        head = {"draft_head.width": self.draft.width, "draft_head.temperature": self.draft.temperature}
+        head = {f"draft_head.{name}": getattr(self.draft, name) for name in _HEAD_BINDINGS}
         return own | {f"{prefix}.{name}": value for name, value in chosen.items()} | head
 
     def describe(self) -> str:

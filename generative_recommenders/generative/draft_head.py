@@ -7,6 +7,10 @@ as a history of nothing but itself, so items that no training event has are scor
 generative loss, stage one, the contrast of each history's target with the other targets of the batch, and stage two the
 cross-entropy over all trained items, whose vectors are frozen when it begins.
 
+`items = "embedded"`, ours, gives an item a linear map of its input embeddings instead, which is cheap enough for stage
+one to be the cross-entropy over all trained items as well (`negatives = "catalogue"`): a retrieval model in one encoder
+with a generative one.
+
 Differences from the public code: the batch's targets are compared with once each (there an item that is the target of
 several rows is, for each of them, so many further columns with the logit 0), both stages keep the generative loss, and
 a decoder-only model learns from every item of a sequence that carries loss.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +38,9 @@ from generative_recommenders.distributed.runtime import (
     world_size,
 )
 from generative_recommenders.errors import UserError
-from generative_recommenders.generative.tokens import IdTable
+from generative_recommenders.generative.tokens import IdTable, TokenEmbedding
 from ops import jagged
+from ops.linear_cross_entropy import linear_cross_entropy
 from ops.random import fold
 from ops.row_sums import row_sums
 
@@ -50,9 +55,15 @@ _ITEM_SEED = 20_241_002
 class DraftConfig:
     """Bindings `draft_head.*`: whether a generative model drafts too, and how that is trained.
 
-    width: of the vectors; 0 is no head. temperature: t. loss_weight: of the contrast beside the generative loss, which
-    `generative_loss_weight` is of. The last `finetune_epochs` of `train_generative.num_epochs` are stage two, with
-    rates and a weight of its own (`finetune_learning_rate`, `finetune_warmup_steps`, `finetune_loss_weight`).
+    width: of the vectors; 0 is no head. temperature: t. l2_norm: vectors have length 1; without it scores are plain
+    inner products, for which t = 1 is usual. items: an item's vector is that of a history of nothing but itself
+    ("encoded"), or a linear map of the sum of its codes' embeddings, and of its own where histories have one
+    ("embedded"). negatives, of stage one: the other targets of the "batch", or all trained items ("catalogue", which
+    takes "embedded").
+
+    loss_weight: of the drafter's loss beside the generative loss, which `generative_loss_weight` is of. The last
+    `finetune_epochs` of `train_generative.num_epochs` are stage two, with rates and a weight of its own
+    (`finetune_learning_rate`, `finetune_warmup_steps`, `finetune_loss_weight`).
 
     Raises:
         UserError: a value outside its range.
@@ -60,6 +71,9 @@ class DraftConfig:
 
     width: int = 0
     temperature: float = 0.07
+    l2_norm: bool = True
+    items: Literal["encoded", "embedded"] = "encoded"
+    negatives: Literal["batch", "catalogue"] = "batch"
     loss_weight: float = 6.0
     generative_loss_weight: float = 1.0
     finetune_epochs: int = 0
@@ -72,6 +86,13 @@ class DraftConfig:
             self._expect(name, getattr(self, name) >= 0, "at least 0")
         for name in ("temperature", "finetune_learning_rate", "finetune_loss_weight"):
             self._expect(name, getattr(self, name) > 0, "more than 0")
+        self._expect("items", self.items in ("encoded", "embedded"), "'encoded' or 'embedded'")
+        self._expect("negatives", self.negatives in ("batch", "catalogue"), "'batch' or 'catalogue'")
+        self._expect(
+            "negatives",
+            self.negatives == "batch" or self.items == "embedded",
+            "'batch' with draft_head.items = 'encoded': all items would go through the encoder at every step",
+        )
         self._expect(
             "finetune_epochs", self.width > 0 or self.finetune_epochs == 0, "0 without a head; try draft_head.width"
         )
@@ -85,7 +106,16 @@ class DraftConfig:
         if not self.width:
             return ""
         stage_two = f"-ft{self.finetune_epochs}" if self.finetune_epochs else ""
-        return f"draft{self.width}-t{self.temperature:g}-w{self.loss_weight:g}{stage_two}"
+        chosen = "".join(
+            f"-{name}"
+            for name, used in (
+                ("embedded", self.items == "embedded"),
+                ("catalogue", self.negatives == "catalogue"),
+                ("products", not self.l2_norm),
+            )
+            if used
+        )
+        return f"draft{self.width}-t{self.temperature:g}-w{self.loss_weight:g}{chosen}{stage_two}"
 
 
 class HistoryStates(NamedTuple):
@@ -119,14 +149,18 @@ class DraftHead(nn.Module):
 
     frozen_nW: Tensor
     trained_n: Tensor
+    negatives_n: Tensor
     threshold: Tensor
 
     def __init__(self, config: DraftConfig, dim: int) -> None:
         super().__init__()
         self.config = config
         self.projection = nn.Linear(dim, config.width)
+        self.item_projection = nn.Linear(dim, config.width, bias=False) if config.items == "embedded" else None
         self.register_buffer("frozen_nW", torch.empty(0, config.width))
         self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
+        # What "catalogue" compares with, ascending; none is all items with an ID.
+        self.register_buffer("negatives_n", torch.empty(0, dtype=torch.int64), persistent=False)
         # Of SpecGR, as it was tuned for these weights last; NaN where it never was.
         self.register_buffer("threshold", torch.tensor(math.nan, dtype=torch.float64))
 
@@ -146,15 +180,20 @@ class DraftHead(nn.Module):
         size, count = states.offsets.numel() - 1, states.states_SD.shape[0]
         sums_BD = row_sums(jagged.rows(states.offsets, count), states.states_SD.float(), num_rows=size)
         means_BD = sums_BD / states.offsets.diff().clamp(min=1)[:, None]
-        return F.normalize(self.projection(means_BD), dim=-1)
+        return self._normed(self.projection(means_BD))
+
+    def _normed(self, vectors_nW: Tensor) -> Tensor:
+        return F.normalize(vectors_nW, dim=-1) if self.config.l2_norm else vectors_nW
 
     def items(
         self, model: DraftingModel, item_ids_n: Tensor, seed: int | None = None, row_numbers_n: Tensor | None = None
     ) -> Tensor:
-        """Vectors of items, (n, W): of histories that hold the item alone.
+        """Vectors of items, (n, W): of histories that hold the item alone, or of their input embeddings.
 
-        Dropout only where there is a seed, keyed by the row numbers.
+        Dropout, of the former, only where there is a seed, keyed by the row numbers.
         """
+        if self.item_projection is not None:
+            return self._normed(self.item_projection(model.item_inputs(item_ids_n)))
         return self(model.history_states(lone_items(item_ids_n, row_numbers_n), seed))
 
     @torch.no_grad()
@@ -190,7 +229,11 @@ class DraftHead(nn.Module):
         if self.in_stage_two:
             weight, losses_n = self.config.finetune_loss_weight, self._over_frozen(queries_nW, targets_n)
         else:
-            weight, losses_n = self.config.loss_weight, self._contrast(model, queries_nW, targets_n, learned_n, seed)
+            weight = self.config.loss_weight
+            if self.config.negatives == "catalogue":
+                losses_n = self._over_catalogue(model, queries_nW, targets_n)
+            else:
+                losses_n = self._contrast(model, queries_nW, targets_n, learned_n, seed)
         total = all_reduce_sum(learned_n.sum().float()).clamp(min=1.0)
         draft = torch.where(learned_n, losses_n, 0.0).sum() / total * world_size()
         joint = self.config.generative_loss_weight * loss + weight * draft
@@ -215,6 +258,16 @@ class DraftHead(nn.Module):
         label_n = torch.searchsorted(distinct_U, targets_n).clamp_max(len(distinct_U) - 1)
         return F.cross_entropy(logits_nU, label_n, reduction="none")
 
+    def _over_catalogue(self, model: DraftingModel, queries_nW: Tensor, targets_n: Tensor) -> Tensor:
+        """Cross-entropy of each target among all items of `negatives_n`, (n,); 0 of a target that is none of them."""
+        ids_X = self.negatives_n if self.negatives_n.numel() else model.table.item_ids_N
+        place_n = torch.searchsorted(ids_X, targets_n).clamp_max(len(ids_X) - 1)
+        rows_X = torch.arange(len(ids_X), device=ids_X.device)
+        losses_n = linear_cross_entropy(
+            queries_nW, self.items(model, ids_X), rows_X, place_n, temperature=self.config.temperature
+        )
+        return torch.where(ids_X[place_n] == targets_n, losses_n, 0.0)
+
     def _over_frozen(self, queries_nW: Tensor, targets_n: Tensor) -> Tensor:
         """Cross-entropy of each target among all trained items, (n,); 0 of a target that is none of them."""
         place_n = torch.searchsorted(self.trained_n, targets_n).clamp_max(len(self.trained_n) - 1)
@@ -228,10 +281,15 @@ class DraftingModel(nn.Module):
     """A generative model; `forward(batch, seed)` is the training loss, the drafter's too where there is one."""
 
     table: IdTable
+    tokens: TokenEmbedding
 
     def __init__(self) -> None:
         super().__init__()
         self.draft: DraftHead | None = None
+
+    def item_inputs(self, item_ids_n: Tensor) -> Tensor:
+        """What a history's item with an ID goes in as, in one vector: the sum of its codes' embeddings, (n, D)."""
+        return self.tokens.items(self.table.codes_of_items(item_ids_n)).sum(1)
 
     @abstractmethod
     def generative_loss(self, batch: SequenceBatch, seed: int) -> tuple[Tensor, dict[str, Tensor], DraftSamples]:

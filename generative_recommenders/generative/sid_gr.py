@@ -97,6 +97,11 @@ class SIDGR(DraftingModel):
             self.item_embedding.data = self.item_embedding.data.new_empty(found.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def item_inputs(self, item_ids_n: Tensor) -> Tensor:
+        """Their own vectors too with `item_embeddings`; see `DraftingModel`."""
+        codes_nD = super().item_inputs(item_ids_n)
+        return codes_nD if self.item_embedding is None else codes_nD + self._of_items(item_ids_n)
+
     def history_states(self, batch: SequenceBatch, seed: int | None = None) -> HistoryStates:
         """Of the BOS of the item to predict, which has seen all of the history; see `DraftingModel`."""
         flat = self._flat(batch, with_target=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import Config, ConfigError, load
@@ -150,7 +151,15 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
     def model(self) -> GenerativeRecommender:
         codebooks = codebooks_of(self.id_folders, self.tables) if self.plan.experiment.codebook_start else None
-        return build_model(self.plan, self.tables, codebooks).to(self.runtime.device)
+        model = build_model(self.plan, self.tables, codebooks)
+        if model.draft is not None:
+            model.draft.negatives_n = self._trained_ids(model)
+        return model.to(self.runtime.device)
+
+    def _trained_ids(self, model: GenerativeRecommender) -> Tensor:
+        """Items with an ID that occur in training, ascending."""
+        ids_N = model.table.item_ids_N
+        return ids_N[self.catalogue.trained_V.to(ids_N.device)[ids_N]]
 
     def model_to_load(self) -> GenerativeRecommender:
         return build_model(self.plan, self.tables).to(self.runtime.device)
@@ -353,8 +362,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
     def _begin_epoch(self, model: GenerativeRecommender, epoch: int) -> None:
         stage_two = self.plan.experiment.num_epochs - self.plan.draft.finetune_epochs
         if model.draft is not None and epoch == stage_two:
-            ids_N = model.table.item_ids_N
-            model.draft.begin_stage_two(model, ids_N[self.catalogue.trained_V[ids_N]])
+            model.draft.begin_stage_two(model, self._trained_ids(model))
 
     def settings(self) -> Settings:
         e = self.plan.experiment

@@ -143,6 +143,15 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
             "train_generative.samples = 'last'",
             "train_generative.accumulation_steps = 5",
             *(f"sid_gr.{n}" for n in ("num_blocks = 1", "dim = 8", "num_heads = 2", "dropout_rate = 0.2")),
+            "sid_gr.item_embeddings = True",
+            *(f"draft_head.{n}" for n in ("width = 8", "items = 'embedded'", "negatives = 'catalogue'")),
+            "train_generative.rerank_weight = 0.5",
+        ],
+        [
+            "train_generative.model = 'ParallelTIGER'",
+            *(f"parallel_tiger.{n}" for n in ("num_encoder_layers = 1", "num_decoder_layers = 1", "dim = 8")),
+            *(f"parallel_tiger.{n}" for n in ("num_heads = 2", "dkv = 4", "ffn_hidden_dim = 16", "dropout_rate = 0.2")),
+            *(f"parallel_tiger.{n}" for n in ("training_mode = 'masked'", "loss_normalization = 'per_batch'")),
         ],
         [
             "train_generative.model = 'TIGER'",
@@ -155,7 +164,7 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
             "specgr.target_acceptance = 0.5",
         ],
     ],
-    ids=["tiger", "sid-gr-in-parts", "tiger-that-drafts"],
+    ids=["tiger", "sid-gr-in-parts-and-items", "parallel-tiger", "tiger-that-drafts"],
 )
 def test_two_ranks_generate_what_one_does(tmp_path: Path, extra: list[str]) -> None:
     write_toy_dataset(tmp_path, num_users=USERS)

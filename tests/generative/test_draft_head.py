@@ -34,7 +34,7 @@ HISTORIES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
 KINDS = ("tiger", "parallel_tiger", "sid_gr_all", "sid_gr_last")
 
 
-def model_of(kind: str, **bindings: float) -> DraftingModel:
+def model_of(kind: str, **bindings: float | str) -> DraftingModel:
     torch.manual_seed(1)
     table = IdTable(ids())
     model: DraftingModel
@@ -45,7 +45,8 @@ def model_of(kind: str, **bindings: float) -> DraftingModel:
         model = ParallelTiger(ParallelTigerConfig(**sizes, ffn_hidden_dim=24, dropout_rate=0.0), table)
     else:
         loss_on = kind.removeprefix("sid_gr_")
-        config = SIDGRConfig(dim=16, num_blocks=1, num_heads=2, dropout_rate=0.0, loss_on=loss_on)
+        own = bindings.get("items") == "embedded"
+        config = SIDGRConfig(dim=16, num_blocks=1, num_heads=2, dropout_rate=0.0, loss_on=loss_on, item_embeddings=own)
         model = SIDGR(config, table, 5)
     model.draft = DraftHead(DraftConfig(**{"width": WIDTH, "loss_weight": 2.0} | bindings), 16)
     return model
@@ -139,6 +140,52 @@ def test_stage_one_contrasts_the_distinct_targets_of_a_batch(kind: str, targets:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("l2_norm", [True, False])
+def test_items_are_maps_of_what_they_go_in_as_and_compared_over_all_that_are_trained(kind: str, l2_norm: bool) -> None:
+    chosen = {"items": "embedded", "negatives": "catalogue", "l2_norm": l2_norm, "temperature": 0.5}
+    model = model_of(kind, **chosen).eval()
+    head = model.draft
+    assert head is not None and head.item_projection is not None
+    if isinstance(model, SIDGR):
+        assert model.item_embedding is not None
+        model.item_embedding.data.normal_()
+    head.negatives_n = torch.tensor([*range(1, 14), 15])
+    # Item 14 is none of the trained ones, and the last has no ID.
+    targets = [11, 12, 14, ITEMS + 5]
+    plain, _, _ = model.generative_loss(batch(targets), 3)
+    loss, scalars = model(batch(targets), 3)
+
+    def item(number: int) -> Tensor:
+        codes = model.table.codes_of_items(torch.tensor([number]))[0].tolist()
+        rows = [model.tokens.table[sum(model.table.sizes[:level]) + code] for level, code in enumerate(codes)]
+        if isinstance(model, SIDGR) and model.item_embedding is not None:
+            rows.append(model.item_embedding[number])
+        vector = torch.stack(rows).sum(0) @ head.item_projection.weight.T
+        return vector / vector.norm() if l2_norm else vector
+
+    def query(history: list[int]) -> Tensor:
+        states = model.history_states(batch_of([1], [history]))
+        vector = head.projection(states.states_SD.float().mean(0))
+        return vector / vector.norm() if l2_norm else vector
+
+    catalogue = head.negatives_n.tolist()
+    items = torch.stack([item(number) for number in catalogue])
+    samples = [sample for sample in samples_of(kind, targets) if sample[1] <= ITEMS]
+    losses = [
+        -((items @ query(history)) / 0.5).log_softmax(0)[catalogue.index(target)]
+        for history, target in samples
+        if target != 14
+    ]
+    draft = torch.stack(losses).sum() / len(samples)
+    torch.testing.assert_close(scalars["draft_loss"], draft, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, plain + 2.0 * draft, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in head.parameters())
+    scores_BV = EncoderDrafter(model).scores(batch(targets))
+    assert scores_BV[3, 14].item() == pytest.approx((item(14) @ query([7, 8, 9, 10])).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stage_two_is_the_cross_entropy_over_frozen_items(kind: str) -> None:
     model = model_of(kind, finetune_loss_weight=3.0, generative_loss_weight=0.5).eval()
     assert model.draft is not None
@@ -219,6 +266,12 @@ def test_mistakes_are_told_in_one_line() -> None:
         DraftConfig(temperature=0.0)
     with pytest.raises(UserError, match=r"draft_head.finetune_epochs: got 2, expected 0 without a head"):
         DraftConfig(finetune_epochs=2)
+    with pytest.raises(
+        UserError, match=r"draft_head.negatives: got 'catalogue', expected 'batch' with draft_head.items"
+    ):
+        DraftConfig(width=8, negatives="catalogue")
+    with pytest.raises(UserError, match=r"draft_head.items: got 'decoded', expected 'encoded' or 'embedded'"):
+        DraftConfig(width=8, items="decoded")  # type: ignore[arg-type]
 
 
 def test_lone_items_are_histories_of_one() -> None:
