@@ -25,6 +25,7 @@ from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.retrieval.model import RetrievalModel
+from generative_recommenders.retrieval.text_items import Whitening
 from ops.row_sums import row_sums
 
 # Of a checkpoint, the vectors that a drafter goes by, where one goes by texts.
@@ -41,31 +42,62 @@ class SemanticKNN:
 
     vectors_VD: row = item id; a row of zeros stands for nothing. known_V: bool, the items that are scored; a history
     may hold others, which count if they have a vector. A history of which nothing has one scores all items 0. last_n:
-    newest events that count, 0 for all.
+    newest events that count, 0 for all. whitening: what the vectors have gone through already, for those to come.
     """
 
-    def __init__(self, vectors_VD: Tensor, known_V: Tensor, last_n: int = 0) -> None:
+    def __init__(
+        self, vectors_VD: Tensor, known_V: Tensor, last_n: int = 0, whitening: Whitening | None = None
+    ) -> None:
         assert vectors_VD.dim() == 2 and known_V.shape == vectors_VD.shape[:1], (vectors_VD.shape, known_V.shape)
         assert last_n >= 0, last_n
         self.vectors_VD = F.normalize(vectors_VD.float(), dim=1)
         self.has_vector_V = self.vectors_VD.any(dim=1)
         self.known_V = known_V
         self.last_n = last_n
+        self.whitening = whitening
 
     @classmethod
-    def of(cls, embeddings: Embeddings, device: torch.device | str = "cpu", last_n: int = 0) -> SemanticKNN:
-        """Over all items that have an embedding."""
+    def of(
+        cls,
+        embeddings: Embeddings,
+        device: torch.device | str = "cpu",
+        last_n: int = 0,
+        whitening: Whitening | None = None,
+    ) -> SemanticKNN:
+        """Over all items that have an embedding, which the whitening is applied to."""
+        if whitening is not None:
+            embeddings = replace(embeddings, values_ND=whitening(embeddings.values_ND))
         size = int(embeddings.item_ids_N[-1]) + 1
         vectors_VD = embeddings.values_ND.new_zeros(size, embeddings.values_ND.shape[1])
         vectors_VD[embeddings.item_ids_N] = embeddings.values_ND
         known_V = torch.zeros(size, dtype=torch.bool)
         known_V[embeddings.item_ids_N] = True
-        return cls(vectors_VD.to(device), known_V.to(device), last_n)
+        return cls(vectors_VD.to(device), known_V.to(device), last_n, whitening)
+
+    def with_items(self, item_ids_n: Tensor, vectors_nD: Tensor) -> SemanticKNN:
+        """The same with these items' vectors, (n, D) as their encoder gives them, in place of older ones.
+
+        Raises:
+            DataError: a vector is not finite.
+        """
+        if not bool(vectors_nD.isfinite().all()):
+            raise DataError("text vectors: got values that are not finite, expected those of the checkpoint's encoder")
+        device = self.vectors_VD.device
+        new_nD = vectors_nD.float().cpu()
+        new_nD = (new_nD if self.whitening is None else self.whitening(new_nD)).to(device)
+        ids_n = item_ids_n.to(device)
+        grown = max(0, max(item_ids_n.tolist(), default=0) + 1 - len(self.known_V))
+        vectors_VD, known_V = F.pad(self.vectors_VD, (0, 0, 0, grown)), F.pad(self.known_V, (0, grown))
+        return SemanticKNN(
+            vectors_VD.index_copy(0, ids_n, new_nD), known_V.index_fill(0, ids_n, True), self.last_n, self.whitening
+        )
 
     def save(self, path: Path) -> None:
         """What a recommender needs to score by texts, in one file."""
         aside = path.with_name(f".{path.name}")
         tensors = {"vectors": self.vectors_VD.cpu().contiguous(), "known": self.known_V.cpu().contiguous()}
+        if self.whitening is not None:
+            tensors |= {name: tensor.contiguous() for name, tensor in self.whitening._asdict().items()}
         save_file(tensors, aside, {"last_n": str(self.last_n)})
         aside.replace(path)
 
@@ -75,7 +107,10 @@ class SemanticKNN:
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 last_n = int((file.metadata() or {})["last_n"])
-                return cls(file.get_tensor("vectors"), file.get_tensor("known"), last_n)
+                texts = cls(file.get_tensor("vectors"), file.get_tensor("known"), last_n)
+                if set(Whitening._fields) <= set(file.keys()):
+                    texts.whitening = Whitening(*(file.get_tensor(name).cpu() for name in Whitening._fields))
+                return texts
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"{path}: no text vectors can be read ({error})") from error
 

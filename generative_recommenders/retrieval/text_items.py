@@ -7,6 +7,8 @@ of the others decides how they are seen; an eigenvalue below a thousandth of the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,21 +40,33 @@ def build_text_items(
     )
 
 
-def whitened(vectors_XE: Tensor, fitted_X: Tensor | None = None) -> Tensor:
-    """Vectors (X, E) of which the fitted rows, bool (X,), have mean 0 and, as far as they vary, covariance 1.
+class Whitening(NamedTuple):
+    """y = (x - mean) map, float64 (E,) and (E, E). Rows of zeros stand for nothing and stay as they are."""
 
-    Rows of zeros stand for nothing: they stay as they are and do not count.
-    """
-    values_XE, filled_X = vectors_XE.double(), vectors_XE.any(dim=1)
-    chosen_X = filled_X if fitted_X is None else filled_X & fitted_X
-    chosen_X = chosen_X if bool(chosen_X.any()) else filled_X
-    if not bool(filled_X.any()):
-        return vectors_XE
-    own = values_XE[chosen_X]
-    mean_E = own.mean(0)
-    centred = own - mean_E
-    eigenvalues_E, directions_EE = torch.linalg.eigh(centred.T @ centred / len(own))
-    floor = (_SMALLEST_EIGENVALUE * eigenvalues_E.mean()).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled_EE = directions_EE * eigenvalues_E.clamp(min=floor).rsqrt()
-    found_XE = ((values_XE - mean_E) @ (scaled_EE @ directions_EE.T)).to(vectors_XE.dtype)
-    return found_XE.masked_fill_(~filled_X[:, None], 0.0)
+    mean_E: Tensor
+    map_EE: Tensor
+
+    @classmethod
+    def fit(cls, vectors_XE: Tensor, fitted_X: Tensor | None = None) -> Whitening:
+        """Vectors (X, E) of which the fitted rows, bool (X,), get mean 0 and, as far as they vary, covariance 1.
+
+        All rows but those of zeros are fitted where none of the chosen ones is left.
+        """
+        values_XE, filled_X = vectors_XE.double(), vectors_XE.any(dim=1)
+        chosen_X = filled_X if fitted_X is None else filled_X & fitted_X
+        own = values_XE[chosen_X if bool(chosen_X.any()) else filled_X]
+        mean_E = own.sum(0) / max(1, len(own))
+        centred = own - mean_E
+        eigenvalues_E, directions_EE = torch.linalg.eigh(centred.T @ centred / max(1, len(own)))
+        floor = (_SMALLEST_EIGENVALUE * eigenvalues_E.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+        scaled_EE = directions_EE * eigenvalues_E.clamp(min=floor).rsqrt()
+        return cls(mean_E, scaled_EE @ directions_EE.T)
+
+    def __call__(self, vectors_XE: Tensor) -> Tensor:
+        found_XE = ((vectors_XE.double() - self.mean_E) @ self.map_EE).to(vectors_XE.dtype)
+        return found_XE.masked_fill_(~vectors_XE.any(dim=1)[:, None], 0.0)
+
+
+def whitened(vectors_XE: Tensor, fitted_X: Tensor | None = None) -> Tensor:
+    """The vectors under the whitening that is fitted on them."""
+    return Whitening.fit(vectors_XE, fitted_X)(vectors_XE)

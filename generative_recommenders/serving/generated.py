@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,16 +90,19 @@ class GeneratedRecommender(HistoryRecommender):
             texts=texts,
         )
 
-    def with_ids(self, *tables: SemanticIds) -> GeneratedRecommender:
+    def with_ids(self, *tables: SemanticIds, text_vectors: Mapping[int, Tensor] | None = None) -> GeneratedRecommender:
         """A recommender of the same weights over later versions of its semantic IDs, which items were added to.
 
         New items are listed from then on, and read in histories; removed ones are not listed. Both recommenders can go
-        on side by side. Titles of items that the checkpoint does not know are None. Nor does it know vectors of their
-        texts: with `specgr.knn_weight` they are drafted by the model's states alone, and with `specgr.drafter =
-        "semantic_knn"` they are listed where the beam arrives at them.
+        on side by side. Titles of items that the checkpoint does not know are None.
+
+        text_vectors: by item id, (D,), from the encoder whose vectors drafts go by, where they go by any. A new item
+        without one is drafted by the model's states alone with `specgr.knn_weight`, and with `specgr.drafter =
+        "semantic_knn"` it is listed where the beam arrives at it.
 
         Raises:
-            DataError: a table is no version that has grown from the model's.
+            DataError: a table is no version that has grown from the model's, or vectors do not fit those of the
+                checkpoint or are of no use to it.
         """
         fingerprints = self.model.table.fingerprints
         if len(tables) != len(fingerprints):
@@ -110,9 +114,29 @@ class GeneratedRecommender(HistoryRecommender):
         model._modules = dict(self.model._modules)
         model.table = IdTable(*tables).to(self.device)
         trie = build_trie(tables, self.device)
-        drafting = _drafting(self.plan, self.texts)
-        searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids, *drafting)
-        return replace(self, model=model, searcher=searcher, catalog=_grown(self.catalog, tables[0]))
+        texts = self.texts if text_vectors is None else self._texts_with(text_vectors, model.table)
+        searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids, *_drafting(self.plan, texts))
+        return replace(self, model=model, searcher=searcher, texts=texts, catalog=_grown(self.catalog, tables[0]))
+
+    def _texts_with(self, text_vectors: Mapping[int, Tensor], table: IdTable) -> SemanticKNN:
+        if self.texts is None:
+            raise DataError(
+                "text vectors: got some for a recommender whose drafts do not go by texts, expected none; try "
+                "specgr.knn_weight or specgr.drafter = 'semantic_knn'"
+            )
+        ids_n = torch.tensor(sorted(text_vectors), dtype=torch.int64)
+        unknown = ids_n[table.rows_of(ids_n.to(self.device)).cpu() < 0].tolist()
+        if unknown:
+            raise DataError(f"text vectors: got one of item {unknown[0]}, expected those of items with a semantic ID")
+        shapes = {tuple(vector.shape) for vector in text_vectors.values()}
+        if any(shape != (self.texts.vectors_VD.shape[1],) for shape in shapes):
+            raise DataError(
+                f"text vectors: got shapes {sorted(shapes)}, expected ({self.texts.vectors_VD.shape[1]},) each, as the "
+                "encoder of the checkpoint's texts gives them"
+            )
+        if not len(ids_n):
+            return self.texts
+        return self.texts.with_items(ids_n, torch.stack([text_vectors[number] for number in ids_n.tolist()]))
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         batch = batch.to(self.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 from generative_recommenders.config import ConfigError, load
@@ -11,7 +10,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.generative.drafters import RetrievalDrafter, SemanticKNN
 from generative_recommenders.retrieval.assemble import Plan, build_model, training_counts
-from generative_recommenders.retrieval.text_items import whitened
+from generative_recommenders.retrieval.text_items import Whitening
 from generative_recommenders.training.checkpoint import CheckpointError
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.item_texts import TextSource, item_embeddings
@@ -92,9 +91,9 @@ def semantic_knn(
     Raises:
         DataError: the vectors cannot be had.
     """
-    found = item_embeddings(source, dataset.folder, runtime)
+    found, whitening = item_embeddings(source, dataset.folder, runtime), None
     if whiten:
         # Leave-one-out holds two events of a user out, or one: what two leave has been trained on in any case.
         fitted_X = training_counts(dataset, held_out=0 if dataset.explicit else 2) > 0
-        found = replace(found, values_ND=whitened(found.values_ND, fitted_X))
-    return SemanticKNN.of(found, runtime.device, last_n)
+        whitening = Whitening.fit(found.values_ND, fitted_X)
+    return SemanticKNN.of(found, runtime.device, last_n, whitening)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from generative_recommenders.batch import SequenceBatch
 from generative_recommenders.config import load
+from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.text_embeddings import Embeddings
 from generative_recommenders.generative.drafters import MixedDrafter, RetrievalDrafter, SemanticKNN, newest_events
 from generative_recommenders.retrieval.assemble import Plan, build_model
+from generative_recommenders.retrieval.text_items import Whitening
 from tests.batches import batch, rows_of
 from tests.test_main_mol import MOL
 
@@ -99,6 +102,26 @@ def test_semantic_knn_of_embeddings_knows_the_items_that_have_one() -> None:
     finite = found.isfinite()
     assert finite.nonzero()[:, 1].unique().tolist() == CATALOG.tolist()
     assert bool((finite == finite[:1]).all())
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_items_that_come_later_are_seen_as_they_would_have_been_from_the_start(tmp_path: Path, whiten: bool) -> None:
+    early, everything = CATALOG[:-2], Embeddings(CATALOG, vectors()[CATALOG], "")
+    whitening = Whitening.fit(vectors()[early]) if whiten else None
+    whole = SemanticKNN.of(everything, last_n=3, whitening=whitening)
+    part = SemanticKNN.of(Embeddings(early, vectors()[early], ""), last_n=3, whitening=whitening)
+    part.save(tmp_path / "texts.safetensors")
+    loaded = SemanticKNN.load(tmp_path / "texts.safetensors")
+    # One of them replaces a vector that is there.
+    late = CATALOG[-3:].flip(0)
+    grown = loaded.with_items(late, vectors()[late])
+    grown.save(tmp_path / "grown.safetensors")
+    asked = batch(LENGTHS, ITEMS, seed=4)
+    for found in (grown, SemanticKNN.load(tmp_path / "grown.safetensors")):
+        torch.testing.assert_close(found.scores(asked), whole.scores(asked))
+    assert loaded.scores(asked).shape[1] == int(early[-1]) + 1
+    with pytest.raises(DataError, match="not finite"):
+        loaded.with_items(late, vectors()[late] / 0)
 
 
 def drafter(*bindings: str, window: int | None = None) -> RetrievalDrafter:

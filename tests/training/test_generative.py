@@ -29,6 +29,7 @@ from generative_recommenders.tokenizers.semantic_ids import SemanticIds
 from generative_recommenders.training.checkpoint import CheckpointError
 from generative_recommenders.training.experiment import Places, experiment_of
 from generative_recommenders.training.generative import GenerativeExperiment
+from generative_recommenders.training.item_texts import embeddings_of
 from generative_recommenders.training.loop import Interrupted, Trainer
 from generative_recommenders.training.runs import find_checkpoint
 from tests.toy import write_toy_dataset
@@ -313,6 +314,7 @@ def test_specgr_drafts_by_texts_and_by_a_retrieval_model(make: Make, tmp_path: P
 def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter: str) -> None:
     bindings = ["train_generative.search = 'specgr'", "specgr.draft_size = 4", "specgr.threshold = -100.0"]
     bindings += ["specgr.knn_last_n = 2", "specgr.knn_whiten = True", f"specgr.drafter = '{drafter}'"]
+    bindings += ["train_tokenizer.dedup_width = 16"]
     bindings += ["draft_head.width = 8", "specgr.knn_weight = 5.0"] if drafter == "encoder" else []
     experiment = make(*bindings)
     _, run = experiment.train()
@@ -330,10 +332,31 @@ def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter
     assert not torch.allclose(other.vectors_VD, recommender.texts.vectors_VD, atol=0.1)
     grown = recommender.with_ids(*experiment.tables)
     assert grown.searcher(batch).items_BK.tolist() == expected.items_BK.tolist()
+    # A new item with the text of another is as near to a history as that one.
+    (folder,) = experiment.id_folders
+    old, texts = load_current(folder), embeddings_of(experiment.tokenizer, experiment.dataset.folder)
+    new, vectors = int(old.item_ids_N[-1]) + 3, texts.values_ND[:1]
+    add_items(folder, [new], vectors, raw_ids=["new"])
+    latest = load_current(folder)
+    grown = recommender.with_ids(latest, text_vectors={new: vectors[0]})
+    assert grown.texts is not None and recommender.texts.scores(batch).shape[1] == new - 2
+    scores_BV = grown.texts.scores(batch)
+    torch.testing.assert_close(scores_BV[:, new], scores_BV[:, int(texts.item_ids_N[0])])
+    asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[1:3]], [None], [None])
+    assert "new" in set(grown.recommend(asked, len(latest))["item_id"])
+    for mapping, told in (
+        ({new + 1: vectors[0]}, "expected those of items with a"),
+        ({new: vectors[0, 1:]}, "each, as"),
+    ):
+        with pytest.raises(DataError, match=told):
+            recommender.with_ids(latest, text_vectors=mapping)
     if drafter == "semantic_knn":
         _, tuned = make(*bindings, "specgr.target_acceptance = 0.5").train()
         with pytest.raises(ConfigError, match=r"target_acceptance: got 0.5 with draft_head.width = 0"):
             recommender_of(find_checkpoint(tuned))
+    without = replace(recommender, texts=None)
+    with pytest.raises(DataError, match="whose drafts do not go by texts"):
+        without.with_ids(latest, text_vectors={new: vectors[0]})
     (checkpoint.path / TEXTS_FILE).write_bytes(b"half")
     with pytest.raises(DataError, match="no text vectors can be read"):
         recommender_of(checkpoint)
