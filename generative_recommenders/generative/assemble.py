@@ -74,6 +74,13 @@ class Plan:
                 f"tiger.user_tokens: got {model.user_tokens} with draft_head.width = {draft.width}, expected 0: items "
                 "are encoded too, and have no user"
             )
+        # Parts of a batch are weighted by the codes that they hide, a drafter's by their samples.
+        by_codes = isinstance(model, ParallelTigerConfig) and model.loss_normalization == "per_batch"
+        if draft.width and experiment.accumulation_steps > 1 and by_codes:
+            raise ConfigError(
+                f"train_generative.accumulation_steps: got {experiment.accumulation_steps} with draft_head.width = "
+                f"{draft.width} and parallel_tiger.loss_normalization = 'per_batch', expected 1; or 'per_sample'"
+            )
         if draft.finetune_epochs and experiment.early_stopping_patience:
             raise ConfigError(
                 f"train_generative.early_stopping_patience: got {experiment.early_stopping_patience} with "

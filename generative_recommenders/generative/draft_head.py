@@ -58,12 +58,12 @@ class DraftConfig:
     width: of the vectors; 0 is no head. temperature: t. l2_norm: vectors have length 1; without it scores are plain
     inner products, for which t = 1 is usual. items: an item's vector is that of a history of nothing but itself
     ("encoded"), or a linear map of the sum of its codes' embeddings, and of its own where histories have one
-    ("embedded"). negatives, of stage one: the other targets of the "batch", or all trained items ("catalogue", which
-    takes "embedded").
+    ("embedded"). negatives: the other targets of the "batch", or all trained items ("catalogue", which takes
+    "embedded").
 
     loss_weight: of the drafter's loss beside the generative loss, which `generative_loss_weight` is of. The last
     `finetune_epochs` of `train_generative.num_epochs` are stage two, with rates and a weight of its own
-    (`finetune_learning_rate`, `finetune_warmup_steps`, `finetune_loss_weight`).
+    (`finetune_learning_rate`, `finetune_warmup_steps`, `finetune_loss_weight`); "embedded" has none.
 
     Raises:
         UserError: a value outside its range.
@@ -89,12 +89,23 @@ class DraftConfig:
         self._expect("items", self.items in ("encoded", "embedded"), "'encoded' or 'embedded'")
         self._expect("negatives", self.negatives in ("batch", "catalogue"), "'batch' or 'catalogue'")
         self._expect(
+            "items",
+            self.width > 0 or (self.items, self.negatives) == ("encoded", "batch"),
+            "'encoded', and draft_head.negatives = 'batch', without a head; try draft_head.width",
+        )
+        self._expect(
             "negatives",
             self.negatives == "batch" or self.items == "embedded",
             "'batch' with draft_head.items = 'encoded': all items would go through the encoder at every step",
         )
         self._expect(
             "finetune_epochs", self.width > 0 or self.finetune_epochs == 0, "0 without a head; try draft_head.width"
+        )
+        self._expect(
+            "finetune_epochs",
+            self.items == "encoded" or self.finetune_epochs == 0,
+            "0 with draft_head.items = 'embedded', which needs no frozen vectors to be compared with all items; try "
+            "draft_head.negatives = 'catalogue'",
         )
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
@@ -149,7 +160,7 @@ class DraftHead(nn.Module):
 
     frozen_nW: Tensor
     trained_n: Tensor
-    negatives_n: Tensor
+    negatives_n: Tensor | None
     threshold: Tensor
 
     def __init__(self, config: DraftConfig, dim: int) -> None:
@@ -159,8 +170,8 @@ class DraftHead(nn.Module):
         self.item_projection = nn.Linear(dim, config.width, bias=False) if config.items == "embedded" else None
         self.register_buffer("frozen_nW", torch.empty(0, config.width))
         self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
-        # What "catalogue" compares with, ascending; none is all items with an ID.
-        self.register_buffer("negatives_n", torch.empty(0, dtype=torch.int64), persistent=False)
+        # What "catalogue" compares with, ascending; whoever trains sets it.
+        self.register_buffer("negatives_n", None, persistent=False)
         # Of SpecGR, as it was tuned for these weights last; NaN where it never was.
         self.register_buffer("threshold", torch.tensor(math.nan, dtype=torch.float64))
 
@@ -176,7 +187,7 @@ class DraftHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, states: HistoryStates) -> Tensor:
-        """(B, W) of length 1; zeros of a history without tokens."""
+        """(B, W), of length 1 with `l2_norm`; a history without tokens has the vector of a state of zeros."""
         size, count = states.offsets.numel() - 1, states.states_SD.shape[0]
         sums_BD = row_sums(jagged.rows(states.offsets, count), states.states_SD.float(), num_rows=size)
         means_BD = sums_BD / states.offsets.diff().clamp(min=1)[:, None]
@@ -260,7 +271,8 @@ class DraftHead(nn.Module):
 
     def _over_catalogue(self, model: DraftingModel, queries_nW: Tensor, targets_n: Tensor) -> Tensor:
         """Cross-entropy of each target among all items of `negatives_n`, (n,); 0 of a target that is none of them."""
-        ids_X = self.negatives_n if self.negatives_n.numel() else model.table.item_ids_N
+        ids_X = self.negatives_n
+        assert ids_X is not None and ids_X.numel(), "draft head: nothing to compare with, set negatives_n"
         place_n = torch.searchsorted(ids_X, targets_n).clamp_max(len(ids_X) - 1)
         rows_X = torch.arange(len(ids_X), device=ids_X.device)
         losses_n = linear_cross_entropy(

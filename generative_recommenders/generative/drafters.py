@@ -78,13 +78,13 @@ class SemanticKNN:
         """The same with these items' vectors, (n, D) as their encoder gives them, in place of older ones.
 
         Raises:
-            DataError: a vector is not finite.
+            DataError: a vector is not finite, or so long that its length is not.
         """
-        if not bool(vectors_nD.isfinite().all()):
-            raise DataError("text vectors: got values that are not finite, expected those of the checkpoint's encoder")
         device = self.vectors_VD.device
         new_nD = vectors_nD.float().cpu()
         new_nD = (new_nD if self.whitening is None else self.whitening(new_nD)).to(device)
+        if not bool(new_nD.norm(dim=1).isfinite().all()):
+            raise DataError("text vectors: got values that are not finite, expected those of the checkpoint's encoder")
         ids_n = item_ids_n.to(device)
         grown = max(0, max(item_ids_n.tolist(), default=0) + 1 - len(self.known_V))
         vectors_VD, known_V = F.pad(self.vectors_VD, (0, 0, 0, grown)), F.pad(self.known_V, (0, grown))
@@ -109,7 +109,11 @@ class SemanticKNN:
                 last_n = int((file.metadata() or {})["last_n"])
                 texts = cls(file.get_tensor("vectors"), file.get_tensor("known"), last_n)
                 if set(Whitening._fields) <= set(file.keys()):
-                    texts.whitening = Whitening(*(file.get_tensor(name).cpu() for name in Whitening._fields))
+                    whitening = Whitening(*(file.get_tensor(name).cpu() for name in Whitening._fields))
+                    width = texts.vectors_VD.shape[1]
+                    if [tuple(tensor.shape) for tensor in whitening] != [(width,), (width, width)]:
+                        raise ValueError(f"its whitening is not one of vectors of width {width}")
+                    texts.whitening = whitening
                 return texts
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DataError(f"{path}: no text vectors can be read ({error})") from error

@@ -35,7 +35,8 @@ class SpecGRConfig:
     it have to be decoded.
 
     drafter_weight: what of the drafter's score is added to an item's own where lists are put in order; 0, as published,
-    leaves the order to the verifier. Scores of drafters differ in scale: cosines with "encoder" and "semantic_knn".
+    leaves the order to the verifier. Scores of drafters differ in scale: cosines with "semantic_knn", and
+    with "encoder" unless `draft_head.l2_norm` is off.
 
     eval_mode: users that are evaluated: "all", those whose target training has seen ("in_sample"), or the others
     ("unseen"). max_eval_steps: batches that are evaluated; 0 is all.

@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -90,7 +92,9 @@ class GeneratedRecommender(HistoryRecommender):
             texts=texts,
         )
 
-    def with_ids(self, *tables: SemanticIds, text_vectors: Mapping[int, Tensor] | None = None) -> GeneratedRecommender:
+    def with_ids(
+        self, *tables: SemanticIds, text_vectors: Mapping[int, Tensor | np.ndarray] | None = None
+    ) -> GeneratedRecommender:
         """A recommender of the same weights over later versions of its semantic IDs, which items were added to.
 
         New items are listed from then on, and read in histories; removed ones are not listed. Both recommenders can go
@@ -118,25 +122,36 @@ class GeneratedRecommender(HistoryRecommender):
         searcher = build_searcher(self.plan, model, trie, tables, self.trained_ids, *_drafting(self.plan, texts))
         return replace(self, model=model, searcher=searcher, texts=texts, catalog=_grown(self.catalog, tables[0]))
 
-    def _texts_with(self, text_vectors: Mapping[int, Tensor], table: IdTable) -> SemanticKNN:
-        if self.texts is None:
+    def _texts_with(self, text_vectors: Mapping[int, Any], table: IdTable) -> SemanticKNN | None:
+        if not text_vectors:
+            return self.texts
+        specgr = self.plan.specgr
+        if self.texts is None or specgr is None:
             raise DataError(
                 "text vectors: got some for a recommender whose drafts do not go by texts, expected none; try "
                 "specgr.knn_weight or specgr.drafter = 'semantic_knn'"
             )
-        ids_n = torch.tensor(sorted(text_vectors), dtype=torch.int64)
+        if specgr.knn_whiten and self.texts.whitening is None:
+            raise DataError(
+                "text vectors: got some, and a checkpoint whose texts are whitened but which does not keep by what; "
+                "train again, or add items without their vectors"
+            )
+        width, vectors = self.texts.vectors_VD.shape[1], {}
+        for number, vector in text_vectors.items():
+            if not isinstance(number, int | np.integer) or isinstance(number, bool):
+                raise DataError(f"text vectors: got one of item {number!r}, expected item ids, whole numbers")
+            found = torch.as_tensor(vector).detach().to("cpu")
+            if found.shape != (width,) or found.is_complex():
+                raise DataError(
+                    f"text vectors: got {found.dtype} of shape {tuple(found.shape)} for item {number}, expected real "
+                    f"numbers of shape ({width},), as the encoder of the checkpoint's texts gives them"
+                )
+            vectors[int(number)] = found.float()
+        ids_n = torch.tensor(sorted(vectors), dtype=torch.int64)
         unknown = ids_n[table.rows_of(ids_n.to(self.device)).cpu() < 0].tolist()
         if unknown:
             raise DataError(f"text vectors: got one of item {unknown[0]}, expected those of items with a semantic ID")
-        shapes = {tuple(vector.shape) for vector in text_vectors.values()}
-        if any(shape != (self.texts.vectors_VD.shape[1],) for shape in shapes):
-            raise DataError(
-                f"text vectors: got shapes {sorted(shapes)}, expected ({self.texts.vectors_VD.shape[1]},) each, as the "
-                "encoder of the checkpoint's texts gives them"
-            )
-        if not len(ids_n):
-            return self.texts
-        return self.texts.with_items(ids_n, torch.stack([text_vectors[number] for number in ids_n.tolist()]))
+        return self.texts.with_items(ids_n, torch.stack([vectors[number] for number in ids_n.tolist()]))
 
     def _frame(self, user_ids: list[str], batch: SequenceBatch, seen: list[Tensor] | None, k: int) -> pd.DataFrame:
         batch = batch.to(self.device)

@@ -272,6 +272,10 @@ def test_mistakes_are_told_in_one_line() -> None:
         DraftConfig(width=8, negatives="catalogue")
     with pytest.raises(UserError, match=r"draft_head.items: got 'decoded', expected 'encoded' or 'embedded'"):
         DraftConfig(width=8, items="decoded")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"draft_head.items: got 'embedded', expected 'encoded', and .* without a head"):
+        DraftConfig(items="embedded")
+    with pytest.raises(UserError, match=r"draft_head.finetune_epochs: got 2, expected 0 with draft_head.items"):
+        DraftConfig(width=8, items="embedded", finetune_epochs=2)
 
 
 def test_lone_items_are_histories_of_one() -> None:

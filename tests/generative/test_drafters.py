@@ -120,8 +120,14 @@ def test_items_that_come_later_are_seen_as_they_would_have_been_from_the_start(t
     for found in (grown, SemanticKNN.load(tmp_path / "grown.safetensors")):
         torch.testing.assert_close(found.scores(asked), whole.scores(asked))
     assert loaded.scores(asked).shape[1] == int(early[-1]) + 1
-    with pytest.raises(DataError, match="not finite"):
-        loaded.with_items(late, vectors()[late] / 0)
+    for scale in (math.nan, 1e30):
+        with pytest.raises(DataError, match="not finite"):
+            loaded.with_items(late, vectors()[late] * scale)
+    if whitening is not None:
+        part.whitening = Whitening(whitening.mean_E[1:], whitening.map_EE)
+        part.save(tmp_path / "damaged.safetensors")
+        with pytest.raises(DataError, match=f"not one of vectors of width {DIM}"):
+            SemanticKNN.load(tmp_path / "damaged.safetensors")
 
 
 def drafter(*bindings: str, window: int | None = None) -> RetrievalDrafter:

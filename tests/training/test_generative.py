@@ -18,6 +18,7 @@ from generative_recommenders.data.dataset import PreparedDataset
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.distributed.runtime import Runtime
 from generative_recommenders.errors import UserError
+from generative_recommenders.generative.draft_head import lone_items
 from generative_recommenders.generative.drafters import TEXTS_FILE, SemanticKNN
 from generative_recommenders.generative.specgr import SpecGRResult
 from generative_recommenders.serving.export import export
@@ -36,6 +37,8 @@ from tests.toy import write_toy_dataset
 
 HERE = Runtime(0, 1, torch.device("cpu"))
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Room for items to come, and a beam that reaches all of them.
+WIDE = ("train_tokenizer.dedup_width = 16", "beam_search.widths = 100")
 SMALL = (
     "train_tokenizer.dataset_name = 'toy'",
     "train_tokenizer.embedding_dim = 8",
@@ -342,18 +345,32 @@ def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter
     assert grown.texts is not None and recommender.texts.scores(batch).shape[1] == new - 2
     scores_BV = grown.texts.scores(batch)
     torch.testing.assert_close(scores_BV[:, new], scores_BV[:, int(texts.item_ids_N[0])])
-    asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[1:3]], [None], [None])
-    assert "new" in set(grown.recommend(asked, len(latest))["item_id"])
-    for mapping, told in (
-        ({new + 1: vectors[0]}, "expected those of items with a"),
-        ({new: vectors[0, 1:]}, "each, as"),
-    ):
+    # Nothing is as near to its twin's history.
+    asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[:1]], [None], [None])
+    numpy_too = recommender.with_ids(latest, text_vectors={new: vectors[0].numpy()})
+    for found, expected_first in ((grown, True), (numpy_too, True), (recommender.with_ids(latest), False)):
+        assert found.texts is not None
+        near = found.texts.scores(lone_items(texts.item_ids_N[:1]))
+        nearest = near.argsort(descending=True, stable=True)[0, :2].tolist()
+        assert (new in nearest) == expected_first
+        assert len(found.recommend(asked, 3)) == 3
+    assert recommender.with_ids(latest, text_vectors={}).texts is recommender.texts
+    mistakes = {
+        "expected those of items with a": {new + 1: vectors[0]},
+        r"of shape \(7,\) for item": {new: vectors[0, 1:]},
+        "whole numbers": {"new": vectors[0]},
+        "expected real": {new: vectors[0].to(torch.complex64)},
+    }
+    for told, mapping in mistakes.items():
         with pytest.raises(DataError, match=told):
             recommender.with_ids(latest, text_vectors=mapping)
     if drafter == "semantic_knn":
         _, tuned = make(*bindings, "specgr.target_acceptance = 0.5").train()
         with pytest.raises(ConfigError, match=r"target_acceptance: got 0.5 with draft_head.width = 0"):
             recommender_of(find_checkpoint(tuned))
+    old_texts = replace(recommender, texts=SemanticKNN(texts.values_ND, torch.ones(len(texts.values_ND)).bool()))
+    with pytest.raises(DataError, match="does not keep by what"):
+        old_texts.with_ids(latest, text_vectors={new: vectors[0]})
     without = replace(recommender, texts=None)
     with pytest.raises(DataError, match="whose drafts do not go by texts"):
         without.with_ids(latest, text_vectors={new: vectors[0]})
@@ -401,8 +418,11 @@ def test_one_config_trains_the_drafter_and_then_the_generator(make: Make, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: str) -> None:
-    own = ("sid_gr.item_embeddings = True",) if kind == "sid-gr-hstu" else ()
-    experiment = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", *own, kind=kind)
+    own: tuple[str, ...] = ()
+    if kind == "sid-gr-hstu":
+        head = ("width = 8", "items = 'embedded'", "negatives = 'catalogue'", "l2_norm = False", "temperature = 1.0")
+        own = ("sid_gr.item_embeddings = True", *(f"draft_head.{binding}" for binding in head))
+    experiment = make(*WIDE, *own, kind=kind)
     _, run = experiment.train()
     recommender = recommender_of(find_checkpoint(run))
     assert isinstance(recommender, GeneratedRecommender)
@@ -415,8 +435,17 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
     grown = recommender.with_ids(load_current(folder))
     asked = Histories(["u"], [experiment.dataset.catalog.raw_ids[:3]], [None], [None])
     # Metrics of what the catalogue is now, with ids beyond those of the dataset.
-    evaluated = make("train_tokenizer.dedup_width = 16", "beam_search.widths = 100", *own, kind=kind)
+    evaluated = make(*WIDE, *own, kind=kind)
     assert evaluated.evaluate_checkpoint(run, "test").metrics["valid"] == 1.0
+    if own:
+        # Items are learned among those that training has; and what a checkpoint's vectors are is not a choice.
+        trained = evaluated.model().draft
+        assert trained is not None and trained.negatives_n is not None
+        assert trained.negatives_n.tolist() == old.item_ids_N.tolist()
+        for other_head in ("draft_head.l2_norm = True", "draft_head.items = 'encoded'"):
+            changed = [b for b in own if other_head.split(" = ")[0] not in b and "negatives" not in b]
+            with pytest.raises(CheckpointError, match=other_head.split(" = ")[0]):
+                make(*WIDE, *changed, other_head, kind=kind).evaluate_checkpoint(run, "test")
     everything = len(old) + 1
     before, after = (r.recommend(asked, everything, filter_history=False) for r in (recommender, grown))
     assert set(after["item_id"]) - set(before["item_id"]) == {"brand-new"}
@@ -445,6 +474,16 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
         (["beam_search.widths = 0"], "beam_search.widths"),
         (["beam_search.widths = (3, 3)"], "levels"),
         (["train_generative.dataset_name = 'toys'"], "toys"),
+        (
+            [
+                "train_generative.model = 'ParallelTIGER'",
+                "parallel_tiger.training_mode = 'masked'",
+                "parallel_tiger.loss_normalization = 'per_batch'",
+                "train_generative.accumulation_steps = 2",
+                "draft_head.width = 8",
+            ],
+            "accumulation_steps: got 2 with draft_head.width = 8",
+        ),
         (["tiger.user_tokens = 0", "draft_head.width = 8", "draft_head.finetune_epochs = 1"], "leave out stage two"),
     ],
 )
