@@ -6,6 +6,7 @@ Which item a row belongs to:
     x.npy and x.raw_ids.txt         line k of the list is the raw id of row k, in any order
     x.parquet with `item_id`        the ids of items.parquet, in any order
     x.parquet with `raw_id`         the ids of the source, in any order; goes before `item_id`
+    FOLDER/index.safetensors        of `--mode=export`, vectors that a model has learned, by the raw ids in FOLDER
 
 Raw ids are those of items.parquet's `raw_id`: MovieLens movie ids, ASINs. A list of them may also be named explicitly.
 For embeddings in the order of MovieLens' movies.dat, that list is `cut -d: -f1 movies.dat`. Rows of items that the
@@ -22,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from generative_recommenders.data.errors import DataError
 
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 COLUMN = "embedding"
 KEYS_SUFFIX = ".raw_ids.txt"
+ITEMS_FILE = "items.parquet"
 
 
 def read_embedding_file(
@@ -37,7 +41,7 @@ def read_embedding_file(
     """float32 (N, D), row i for `item_ids_N[i]`.
 
     Args:
-        path: `.npy` or `.parquet`, see the module's docstring.
+        path: `.npy`, `.parquet` or `.safetensors`, see the module's docstring.
         item_ids_N: int64, distinct.
         raw_ids: N raw ids in the same order.
         keys: text file with a raw id a line, for an `.npy`; by default the one beside it, if it is there.
@@ -54,14 +58,14 @@ def read_embedding_file(
             rows = item_ids_N - 1
         else:
             rows = _rows_of(pa.array(raw_ids, pa.string()), _read_keys(keys, path, len(values)), str(keys), "raw_id")
-    elif path.suffix == ".parquet":
+    elif path.suffix in (".parquet", ".safetensors"):
         if keys is not None:
-            raise DataError(f"keys: got {keys} beside {path.name}, expected none; a parquet file has its own ids")
-        found, name, values = _read_parquet(path)
+            raise DataError(f"keys: got {keys} beside {path.name}, expected none; such a file has its own ids")
+        found, name, values = _read_parquet(path) if path.suffix == ".parquet" else _read_export(path)
         wanted = pa.array(raw_ids, pa.string()) if name == "raw_id" else pa.array(item_ids_N, pa.int64())
         rows = _rows_of(wanted, found, str(path), name)
     else:
-        raise DataError(f"path: got {path}, expected an .npy or .parquet file of embeddings; convert it")
+        raise DataError(f"path: got {path}, expected an .npy or .parquet file of embeddings, or an export; convert it")
     with np.errstate(over="ignore"):
         chosen = np.asarray(values[rows], dtype=np.float32)
     return _finite(chosen, item_ids_N, str(path))
@@ -118,6 +122,30 @@ def _read_parquet(path: Path) -> tuple[pa.Array, str, np.ndarray]:
     if ids.null_count:
         raise DataError(f"{path}, column {name}: got {ids.null_count} empty cells, expected an id in each")
     return ids, name, _matrix(table[COLUMN], str(path))
+
+
+def _read_export(path: Path) -> tuple[pa.Array, str, np.ndarray]:
+    """Raw ids, the name `raw_id`, and the embeddings of an exported model."""
+    try:
+        tensors = load_file(path)
+        ids_X, values_XD = tensors["item_ids"].numpy(), tensors["embeddings"].float().numpy()
+        items = pq.read_table(path.with_name(ITEMS_FILE), columns=["item_id", "raw_id"])
+        raw_ids = items["raw_id"].cast(pa.string()).combine_chunks()
+        places = pc.index_in(pa.array(ids_X), items["item_id"].cast(pa.int64()).combine_chunks())
+    except KeyError as error:
+        raise DataError(
+            f"{path}: has no tensor {error}, expected item_ids and embeddings, as --mode=export writes them of a model "
+            "with an embedding an item"
+        ) from error
+    except (SafetensorError, pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or ["empty"])[0]
+        raise DataError(f"{path}: cannot be read with its {ITEMS_FILE} ({reason:.120}); export it again") from error
+    if values_XD.ndim != 2 or values_XD.shape[0] != len(ids_X) or not values_XD.size or places.null_count:
+        raise DataError(
+            f"{path}: got {len(ids_X):,} items, {places.null_count:,} of them not in {ITEMS_FILE}, and embeddings of "
+            f"shape {values_XD.shape}, expected a row an item; export it again"
+        )
+    return raw_ids.take(places), "raw_id", values_XD
 
 
 def _matrix(column: pa.ChunkedArray, where: str) -> np.ndarray:

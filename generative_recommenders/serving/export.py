@@ -5,7 +5,9 @@ weights, configuration and maps it holds `index.safetensors`, for a search engin
 and the item side of the similarity in their order. With the dot product that is `embeddings` (X, D), normalized where
 the model does; with Mixture of Logits `components` (X, P_X, D_P), `gate` (X, P) where items have one, and the weights
 of the pairs' gate, `pair_w1`, `pair_b1`, `pair_w2`, `pair_b2` (see `ops.mol_score.MoLGate`). Of a generative
-model it is `codes` (X, L), the semantic IDs of the items.
+model it is `codes` (X, L), the semantic IDs of the items, and with a drafting head `embeddings` too.
+
+Such embeddings can be what semantic IDs are made of: `train_tokenizer.encoder = "file"` takes the index.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from generative_recommenders.data.errors import DataError
 from generative_recommenders.data.folders import whole_folder
-from generative_recommenders.generative.tokens import IdTable
+from generative_recommenders.generative.draft_head import DraftingModel
 from generative_recommenders.retrieval.model import RetrievalModel
 from generative_recommenders.serving.generated import GeneratedRecommender, recommender_of
 from generative_recommenders.serving.recommender import Recommender
@@ -65,13 +67,17 @@ def export(checkpoint: Checkpoint, folder: Path) -> Path:
             save_file(item_index(recommender.model), partial / INDEX_FILE, metadata=_description(recommender))
         else:
             assert isinstance(recommender, GeneratedRecommender)
-            save_file(id_index(recommender.model.table), partial / INDEX_FILE)
+            save_file(id_index(recommender.model), partial / INDEX_FILE)
     return folder
 
 
-def id_index(ids: IdTable) -> dict[str, Tensor]:
+def id_index(model: DraftingModel) -> dict[str, Tensor]:
     """The tensors of `index.safetensors` of a generative model."""
-    return {"item_ids": ids.item_ids_N.cpu().contiguous(), "codes": ids.codes_NL.cpu().contiguous()}
+    ids = model.table
+    tensors = {"item_ids": ids.item_ids_N, "codes": ids.codes_NL}
+    if model.draft is not None:
+        tensors["embeddings"] = model.draft.all_items(model, ids.item_ids_N)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _description(recommender: Recommender) -> dict[str, str]:

@@ -19,9 +19,10 @@ class TokenizerConfig:
 
     Embeddings of the items (see `data.text_embeddings`): encoder, "hashed" (TF-IDF of hashed n-grams and a truncated
     SVD, which needs nothing), "minilm", a folder or hub name of another sentence-transformers model, "file" or
-    "prepared" (a column of `items.parquet`); embeddings_path, the `.npy` or parquet of "file" or the folder of
-    "minilm"; embeddings_keys, raw ids of the rows of an `.npy`, one a line; embedding_dim, None is the encoder's own;
-    template, over the columns of `items.parquet`, None is the dataset's; item_table, a parquet with further columns.
+    "prepared" (a column of `items.parquet`); embeddings_path, the `.npy` or parquet of "file", or the index of an
+    exported model for IDs with a collaborative signal, or the folder of "minilm"; embeddings_keys, raw ids of the rows
+    of an `.npy`, one a line; embedding_dim, None is the encoder's own; template, over the columns of `items.parquet`,
+    None is the dataset's; item_table, a parquet with further columns.
 
     Tokenizer: tokenizer, `@rq_kmeans`, `@rq_kmeans_plus`, `@r_vq`, `@rq_vae`, `@pq`, `@opq`, `@lsh` or `@random_codes`,
     each with bindings of its own. fit_on: "train" fits it on the items with events in the training split, "all" on the

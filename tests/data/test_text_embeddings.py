@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -247,7 +248,34 @@ def test_rows_of_a_parquet_go_by_its_ids(dataset: Path, tmp_path: Path, key: str
     pq.write_table(pa.table({key: ids, "embedding": vectors}), path)
     found = embed_items(dataset, encoder="file", path=path)
     assert np.array_equal(found.values_ND.numpy()[order], VALUES[: len(IDS)].astype(np.float32))
-    refused(dataset, "a parquet file has its own ids", encoder="file", path=path, keys=path)
+    refused(dataset, "such a file has its own ids", encoder="file", path=path, keys=path)
+
+
+def write_export(folder: Path, ids: list[int], vectors: np.ndarray, **items: object) -> Path:
+    """An exported model whose items are numbered in their own way."""
+    folder.mkdir()
+    table = {"item_id": np.arange(100, 100 + len(IDS)), "raw_id": RAW_IDS}
+    pq.write_table(pa.table(table | items), folder / "items.parquet")
+    save_file({"item_ids": torch.tensor(ids), "embeddings": torch.from_numpy(vectors)}, folder / "index.safetensors")
+    return folder / "index.safetensors"
+
+
+def test_vectors_of_an_exported_model_go_by_its_raw_ids(dataset: Path, tmp_path: Path) -> None:
+    order = np.random.default_rng(2).permutation(len(IDS))
+    vectors = VALUES[: len(IDS)].astype(np.float32)
+    path = write_export(tmp_path / "export", (100 + order).tolist(), vectors)
+    found = embed_items(dataset, encoder="file", path=path)
+    assert np.array_equal(found.values_ND.numpy()[order], vectors)
+    refused(dataset, "such a file has its own ids", encoder="file", path=path, keys=path)
+    few = write_export(tmp_path / "few", [101, 103], vectors[:2])
+    refused(dataset, "lacks 22 of 24 items", encoder="file", path=few)
+    stranger = write_export(tmp_path / "stranger", [100, 7], vectors[:2])
+    refused(dataset, "got 2 items, 1 of them not in items.parquet", encoder="file", path=stranger)
+    save_file({"item_ids": torch.tensor([100]), "codes": torch.tensor([[1, 2]])}, path)
+    refused(dataset, "has no tensor 'embeddings'", encoder="file", path=path)
+    (tmp_path / "few" / "items.parquet").unlink()
+    refused(dataset, "cannot be read with its items.parquet", encoder="file", path=few)
+    refused(dataset, "cannot be read", encoder="file", path=tmp_path / "gone.safetensors")
 
 
 def test_fingerprint_follows_content_not_the_file(dataset: Path, tmp_path: Path) -> None:

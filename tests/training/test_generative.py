@@ -189,6 +189,24 @@ def test_export_holds_the_ids_and_serves_like_a_checkpoint(make: Make, tmp_path:
     pd.testing.assert_frame_equal(recommender_of(find_checkpoint(out)).recommend(asked, 5), before)
 
 
+def test_ids_can_be_made_of_what_a_model_has_learned(make: Make, tmp_path: Path) -> None:
+    head = ["draft_head.width = 5", "draft_head.items = 'embedded'", "draft_head.negatives = 'catalogue'"]
+    experiment = make(*head, kind="sid-gr-hstu")
+    _, folder = experiment.train()
+    out = export(find_checkpoint(folder), tmp_path / "out")
+    index, model = load_file(out / "index.safetensors"), experiment.model()
+    find_checkpoint(folder).load_model(model)
+    assert model.draft is not None
+    expected = model.draft.items(model, index["item_ids"])
+    torch.testing.assert_close(index["embeddings"], expected.detach())
+    learned = ["train_tokenizer.name = 'learned'", "train_tokenizer.encoder = 'file'"]
+    learned += ["train_tokenizer.embedding_dim = None", f"train_tokenizer.embeddings_path = '{out}/index.safetensors'"]
+    second = make(*learned, "train_generative.semantic_ids = ('learned',)")
+    _, folder = second.train()
+    assert second.tables[0].fingerprint != experiment.tables[0].fingerprint
+    assert len(recommender_of(find_checkpoint(folder)).catalog) == len(second.tables[0])
+
+
 def test_a_dry_run_and_an_evaluation_make_nothing(make: Make) -> None:
     experiment = make()
     assert "not there yet" in experiment.dry_run()
