@@ -4,7 +4,7 @@ Sources: NVIDIA's SID-GR (flattened codes, BOS before every item that carries lo
 "Actions Speak Louder than Words" (arXiv 2402.17152) for the HSTU backbone with its bias of position and time.
 
     x = Dropout(token[level, code] + level_embedding[level] + item_position[place])        [BOS] s1 .. sL for each item
-        + item[id] at s_L with `item_embeddings`, which is ours
+        + item[id] at s_L with `item_embeddings`, and times sqrt(D) with `scale_inputs`, both of which are ours
     logits of s_{l+1} = head_l(LN(backbone(x)))            at the BOS (l = 0) and at s_l, over the codes of that level
 
 Differences from NVIDIA's: positions and levels are embedded, a level's probabilities are over its own codes with the
@@ -14,6 +14,7 @@ once; what is appended for beams is never moved (`sid_gr_backbones`), and no req
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -162,6 +163,7 @@ class SIDGR(DraftingModel):
                 x_BMD = x_BMD + self.level_embedding[level - 1]
             if self.position_embedding is not None:
                 x_BMD = x_BMD + self.position_embedding[context.places_B][:, None]
+            x_BMD = self._scaled(x_BMD)
             with self._autocast_of(x_BMD.device):
                 states_BMD = self.backbone.step(x_BMD, context.memory, ancestors)
         return self.heads.logits(level, self.output_norm(states_BMD.float()))
@@ -216,7 +218,10 @@ class SIDGR(DraftingModel):
         x_XCD = torch.cat([self.tokens.bos.expand(codes_XLD.shape[0], 1, -1), codes_XLD], 1)
         if self.position_embedding is not None:
             x_XCD = x_XCD + self.position_embedding[flat.places_X][:, None]
-        return x_XCD.flatten(0, 1)[flat.cells_S]
+        return self._scaled(x_XCD.flatten(0, 1)[flat.cells_S])
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * math.sqrt(self.config.dim) if self.config.scale_inputs else x
 
     def _of_items(self, item_ids_X: Tensor) -> Tensor:
         """Vectors of items, (X, D); zeros of items that were added since, and of padding."""

@@ -32,6 +32,8 @@ class SIDGRConfig:
     item_embeddings (ours): the last code of an item in a history has a learned vector of the item added to it, so that
     what is learned of one item need not go through codes that others share. It starts at 0 and stays there for items
     that no training event has; what is generated is made of codes alone either way.
+    scale_inputs (ours): all inputs are multiplied by sqrt(dim), as those of the retrieval models are, so that a token
+    is not small beside what layers add to it.
 
     activation_checkpoint: layers are computed again in backward. bf16: autocast of the backbone.
     """
@@ -49,6 +51,7 @@ class SIDGRConfig:
     level_embeddings: bool = True
     time_bias: bool = True
     item_embeddings: bool = False
+    scale_inputs: bool = False
     activation_checkpoint: bool = False
     bf16: bool = False
 
@@ -83,9 +86,10 @@ class SIDGRConfig:
     def describe(self) -> str:
         """For a run's name."""
         heads = "shared" if self.shared_heads else "per-level"
+        inputs = f"{'-items' if self.item_embeddings else ''}{'-scaled' if self.scale_inputs else ''}"
         return (
             f"SIDGR-{self.backbone}-d{self.dim}-b{self.num_blocks}-h{self.num_heads}-dr{self.dropout_rate}"
-            f"-{self.loss_on}-{heads}{'-items' if self.item_embeddings else ''}"
+            f"-{self.loss_on}-{heads}{inputs}"
         )
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:

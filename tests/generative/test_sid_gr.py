@@ -115,7 +115,8 @@ def explicit(model: SIDGR, history: list[int], times: list[int], query_time: int
         ratings_T=none,
         offsets=torch.tensor([0, count]),
     )
-    states = model.output_norm(model.backbone(torch.stack(vectors), rows, None))[marks]
+    scale = config.dim**0.5 if config.scale_inputs else 1.0
+    states = model.output_norm(model.backbone(scale * torch.stack(vectors), rows, None))[marks]
     found = [model.heads.logits(level, states[level]).log_softmax(-1)[code] for level, code in enumerate(codes)]
     return torch.stack(found)
 
@@ -172,6 +173,7 @@ VARIANTS = [
     pytest.param({"loss_on": 2}, id="two"),
     pytest.param({"shared_heads": False, "item_positions": False, "level_embeddings": False}, id="bare"),
     pytest.param({"num_heads": 1, "time_bias": False, "item_embeddings": True}, id="no-time-items"),
+    pytest.param({"item_embeddings": True, "scale_inputs": True}, id="scaled"),
 ]
 
 
