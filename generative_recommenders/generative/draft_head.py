@@ -168,6 +168,11 @@ class DraftHead(nn.Module):
         self.config = config
         self.projection = nn.Linear(dim, config.width)
         self.item_projection = nn.Linear(dim, config.width, bias=False) if config.items == "embedded" else None
+        if self.item_projection is not None:
+            # Scores start as inner products of states and inputs, and are learned at the pace of a retrieval model's.
+            for projection in (self.projection, self.item_projection):
+                nn.init.eye_(projection.weight)
+            nn.init.zeros_(self.projection.bias)
         self.register_buffer("frozen_nW", torch.empty(0, config.width))
         self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
         # What "catalogue" compares with, ascending; whoever trains sets it.
