@@ -12,6 +12,9 @@ Raw ids are those of items.parquet's `raw_id`: MovieLens movie ids, ASINs. A lis
 For embeddings in the order of MovieLens' movies.dat, that list is `cut -d: -f1 movies.dat`. Rows of items that the
 catalogue does not have are passed over, except in a bare `.npy`, whose rows nothing else identifies.
 
+What an exported model was trained on, its vectors know: it must not have had what is held out of the dataset. Vectors
+of items that it had no events of are noise.
+
 Where items were numbered anew for explicit splits, `item_id` above is the `source_item_id` of items.parquet, so that a
 file made for the dataset without splits fits the one with them.
 """
@@ -26,6 +29,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from generative_recommenders.data.dataset import read_catalog
 from generative_recommenders.data.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -128,24 +132,24 @@ def _read_export(path: Path) -> tuple[pa.Array, str, np.ndarray]:
     """Raw ids, the name `raw_id`, and the embeddings of an exported model."""
     try:
         tensors = load_file(path)
-        ids_X, values_XD = tensors["item_ids"].numpy(), tensors["embeddings"].float().numpy()
-        items = pq.read_table(path.with_name(ITEMS_FILE), columns=["item_id", "raw_id"])
-        raw_ids = items["raw_id"].cast(pa.string()).combine_chunks()
-        places = pc.index_in(pa.array(ids_X), items["item_id"].cast(pa.int64()).combine_chunks())
+        ids_X, values_XD = tensors["item_ids"].long().numpy(), tensors["embeddings"].float().numpy()
     except KeyError as error:
         raise DataError(
             f"{path}: has no tensor {error}, expected item_ids and embeddings, as --mode=export writes them of a model "
             "with an embedding an item"
         ) from error
-    except (SafetensorError, pa.ArrowException, OSError) as error:
+    except (SafetensorError, OSError) as error:
         reason = (str(error).splitlines() or ["empty"])[0]
-        raise DataError(f"{path}: cannot be read with its {ITEMS_FILE} ({reason:.120}); export it again") from error
-    if values_XD.ndim != 2 or values_XD.shape[0] != len(ids_X) or not values_XD.size or places.null_count:
+        raise DataError(f"{path}: cannot be read ({reason:.120}); export it again") from error
+    if values_XD.ndim != 2 or values_XD.shape[:1] != ids_X.shape or not values_XD.size:
         raise DataError(
-            f"{path}: got {len(ids_X):,} items, {places.null_count:,} of them not in {ITEMS_FILE}, and embeddings of "
-            f"shape {values_XD.shape}, expected a row an item; export it again"
+            f"{path}: got items {ids_X.shape} and embeddings {values_XD.shape}, expected a row an item; export it again"
         )
-    return raw_ids.take(places), "raw_id", values_XD
+    catalog = read_catalog(path.with_name(ITEMS_FILE))
+    # Items that were added to the semantic IDs since are not among them.
+    places = pc.index_in(pa.array(ids_X), pa.array(catalog.item_ids.numpy()))
+    kept = places.is_valid().to_numpy(zero_copy_only=False)
+    return pa.array(catalog.raw_ids, pa.string()).take(places.drop_null()), "raw_id", values_XD[kept]
 
 
 def _matrix(column: pa.ChunkedArray, where: str) -> np.ndarray:

@@ -84,8 +84,8 @@ def embed_items(
     Args:
         encoder: `hashed`, `minilm`, a model's folder or hub name, `file` or `prepared`.
         dimension: expected width; None for the encoder's own, which for `hashed` is 256.
-        path: `file`: the `.npy` or `.parquet`. `hashed`: a folder of earlier embeddings whose fitted encoder is used
-            again, as new items beside old ones need it. `minilm`: the folder of the model.
+        path: `file`: the `.npy`, `.parquet` or exported index. `hashed`: a folder of earlier embeddings whose fitted
+            encoder is used again, as new items beside old ones need it. `minilm`: the folder of the model.
         keys: `file`: raw ids of the rows of an `.npy`, one a line.
         batch_size: texts a forward pass of a model; changes the last digits at most.
         template: see `text_templates`; None for the dataset's own.

@@ -74,13 +74,6 @@ class Plan:
                 f"tiger.user_tokens: got {model.user_tokens} with draft_head.width = {draft.width}, expected 0: items "
                 "are encoded too, and have no user"
             )
-        # Parts of a batch are weighted by the codes that they hide, a drafter's by their samples.
-        by_codes = isinstance(model, ParallelTigerConfig) and model.loss_normalization == "per_batch"
-        if draft.width and experiment.accumulation_steps > 1 and by_codes:
-            raise ConfigError(
-                f"train_generative.accumulation_steps: got {experiment.accumulation_steps} with draft_head.width = "
-                f"{draft.width} and parallel_tiger.loss_normalization = 'per_batch', expected 1; or 'per_sample'"
-            )
         if draft.finetune_epochs and experiment.early_stopping_patience:
             raise ConfigError(
                 f"train_generative.early_stopping_patience: got {experiment.early_stopping_patience} with "
@@ -106,6 +99,17 @@ class Plan:
                 "try draft_head.width = 64, or specgr.drafter = 'semantic_knn'"
             )
         return cls(experiment, model, search, draft, specgr)
+
+    def check_training(self) -> None:
+        """Raises ConfigError for what cannot be trained, whatever a checkpoint of it may be used for."""
+        model, draft, parts = self.model, self.draft, self.experiment.accumulation_steps
+        # Parts of a batch are weighted by the codes that they hide, a drafter's by their samples.
+        by_codes = isinstance(model, ParallelTigerConfig) and model.loss_normalization == "per_batch"
+        if draft.width and parts > 1 and by_codes:
+            raise ConfigError(
+                f"train_generative.accumulation_steps: got {parts} with draft_head.width = {draft.width} and "
+                "parallel_tiger.loss_normalization = 'per_batch', expected 1; or 'per_sample'"
+            )
 
     def model_bindings(self) -> dict[str, object]:
         """The bindings that decide what a trained model computes."""

@@ -169,10 +169,15 @@ class DraftHead(nn.Module):
         self.projection = nn.Linear(dim, config.width)
         self.item_projection = nn.Linear(dim, config.width, bias=False) if config.items == "embedded" else None
         if self.item_projection is not None:
-            # Scores start as inner products of states and inputs, and are learned at the pace of a retrieval model's.
-            for projection in (self.projection, self.item_projection):
-                nn.init.eye_(projection.weight)
-            nn.init.zeros_(self.projection.bias)
+            # Scores start as inner products of states and embeddings, or of their first W numbers, and are learned at
+            # the pace of a retrieval model's. Rows beyond D would never move if both maps had zeros there.
+            nn.init.eye_(self.item_projection.weight)
+            rows = min(dim, config.width)
+            with torch.no_grad():
+                nn.init.eye_(self.projection.weight[:rows])
+            # What is brought to length 1 has to have a direction, without tokens too.
+            if not config.l2_norm:
+                nn.init.zeros_(self.projection.bias)
         self.register_buffer("frozen_nW", torch.empty(0, config.width))
         self.register_buffer("trained_n", torch.empty(0, dtype=torch.int64))
         # What "catalogue" compares with, ascending; whoever trains sets it.
@@ -305,7 +310,7 @@ class DraftingModel(nn.Module):
         self.draft: DraftHead | None = None
 
     def item_inputs(self, item_ids_n: Tensor) -> Tensor:
-        """What a history's item with an ID goes in as, in one vector: the sum of its codes' embeddings, (n, D)."""
+        """The sum of the embeddings that an item with an ID has in a history, (n, D), as they are stored."""
         return self.tokens.items(self.table.codes_of_items(item_ids_n)).sum(1)
 
     @abstractmethod

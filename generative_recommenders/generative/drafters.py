@@ -108,7 +108,7 @@ class SemanticKNN:
             with safe_open(path, "pt", device=str(device)) as file:
                 last_n = int((file.metadata() or {})["last_n"])
                 texts = cls(file.get_tensor("vectors"), file.get_tensor("known"), last_n)
-                if set(Whitening._fields) <= set(file.keys()):
+                if set(Whitening._fields) & set(file.keys()):
                     whitening = Whitening(*(file.get_tensor(name).cpu() for name in Whitening._fields))
                     width = texts.vectors_VD.shape[1]
                     if [tuple(tensor.shape) for tensor in whitening] != [(width,), (width, width)]:

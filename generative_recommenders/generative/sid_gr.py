@@ -99,7 +99,7 @@ class SIDGR(DraftingModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def item_inputs(self, item_ids_n: Tensor) -> Tensor:
-        """Their own vectors too with `item_embeddings`; see `DraftingModel`."""
+        """With `item_embeddings` the items' own vectors among them; see `DraftingModel`."""
         codes_nD = super().item_inputs(item_ids_n)
         return codes_nD if self.item_embedding is None else codes_nD + self._of_items(item_ids_n)
 

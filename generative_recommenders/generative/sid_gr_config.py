@@ -32,8 +32,8 @@ class SIDGRConfig:
     item_embeddings (ours): the last code of an item in a history has a learned vector of the item added to it, so that
     what is learned of one item need not go through codes that others share. It starts at 0 and stays there for items
     that no training event has; what is generated is made of codes alone either way.
-    scale_inputs (ours): all inputs are multiplied by sqrt(dim), as those of the retrieval models are, so that a token
-    is not small beside what layers add to it.
+    scale_inputs (ours): embeddings of tokens, items, levels and places are multiplied by sqrt(dim), as those of items
+    are in the retrieval models, so that a token is not small beside what layers add to it.
 
     activation_checkpoint: layers are computed again in backward. bf16: autocast of the backbone.
     """

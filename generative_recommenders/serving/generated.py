@@ -123,6 +123,10 @@ class GeneratedRecommender(HistoryRecommender):
         return replace(self, model=model, searcher=searcher, texts=texts, catalog=_grown(self.catalog, tables[0]))
 
     def _texts_with(self, text_vectors: Mapping[int, Any], table: IdTable) -> SemanticKNN | None:
+        if not isinstance(text_vectors, Mapping):
+            raise DataError(
+                f"text vectors: got {type(text_vectors).__name__}, expected a mapping from item id to vector"
+            )
         if not text_vectors:
             return self.texts
         specgr = self.plan.specgr
@@ -138,9 +142,14 @@ class GeneratedRecommender(HistoryRecommender):
             )
         width, vectors = self.texts.vectors_VD.shape[1], {}
         for number, vector in text_vectors.items():
-            if not isinstance(number, int | np.integer) or isinstance(number, bool):
+            if not isinstance(number, int | np.integer) or isinstance(number, bool) or abs(int(number)) >= 2**63:
                 raise DataError(f"text vectors: got one of item {number!r}, expected item ids, whole numbers")
-            found = torch.as_tensor(vector).detach().to("cpu")
+            try:
+                found = torch.as_tensor(vector).detach().to("cpu")
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    f"text vectors: got {type(vector).__name__} for item {number}, expected a tensor or array"
+                ) from error
             if found.shape != (width,) or found.is_complex():
                 raise DataError(
                     f"text vectors: got {found.dtype} of shape {tuple(found.shape)} for item {number}, expected real "

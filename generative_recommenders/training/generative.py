@@ -123,6 +123,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
 
     def train(self) -> tuple[Evaluation, Path]:
         self.trains = True
+        self.plan.check_training()
         self._make_ids()
         # Before the model, as a drafter may have to be trained.
         _ = self.drafter, self.drafter_texts
@@ -154,6 +155,11 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
         model = build_model(self.plan, self.tables, codebooks)
         if model.draft is not None:
             model.draft.negatives_n = self._trained_ids(model)
+            if self.plan.draft.negatives == "catalogue" and not model.draft.negatives_n.numel():
+                raise DataError(
+                    f"{self.dataset.name}: got semantic IDs of no item that training has, expected some with "
+                    "draft_head.negatives = 'catalogue'; try IDs of this dataset"
+                )
         return model.to(self.runtime.device)
 
     def _trained_ids(self, model: GenerativeRecommender) -> Tensor:
@@ -318,6 +324,7 @@ class GenerativeExperiment(TrainedExperiment[GenerativeRecommender]):
     def dry_run(self) -> str:
         """What a run would be; one batch goes through forward and backward, if the semantic IDs are there."""
         self.require_users()
+        self.plan.check_training()
         if missing := self._missing():
             places = ", ".join(map(str, missing))
             return f"run          {self.plan.describe()}\nsemantic IDs {places}: not there yet, training makes them"

@@ -270,11 +270,16 @@ def test_vectors_of_an_exported_model_go_by_its_raw_ids(dataset: Path, tmp_path:
     few = write_export(tmp_path / "few", [101, 103], vectors[:2])
     refused(dataset, "lacks 22 of 24 items", encoder="file", path=few)
     stranger = write_export(tmp_path / "stranger", [100, 7], vectors[:2])
-    refused(dataset, "got 2 items, 1 of them not in items.parquet", encoder="file", path=stranger)
+    refused(dataset, "lacks 23 of 24 items", encoder="file", path=stranger)
+    more = write_export(tmp_path / "more", [7, *(100 + order).tolist()], VALUES[: len(IDS) + 1].astype(np.float32))
+    found = embed_items(dataset, encoder="file", path=more)
+    assert np.array_equal(found.values_ND.numpy()[order], VALUES[1 : len(IDS) + 1].astype(np.float32))
+    odd = write_export(tmp_path / "odd", [100, 101], vectors[:1])
+    refused(dataset, r"got items \(2,\) and embeddings \(1, ", encoder="file", path=odd)
     save_file({"item_ids": torch.tensor([100]), "codes": torch.tensor([[1, 2]])}, path)
     refused(dataset, "has no tensor 'embeddings'", encoder="file", path=path)
     (tmp_path / "few" / "items.parquet").unlink()
-    refused(dataset, "cannot be read with its items.parquet", encoder="file", path=few)
+    refused(dataset, "items.parquet", encoder="file", path=few)
     refused(dataset, "cannot be read", encoder="file", path=tmp_path / "gone.safetensors")
 
 

@@ -97,6 +97,35 @@ def test_a_history_without_tokens_has_no_direction() -> None:
     assert found[0].eq(0).all() and found[1].norm().item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("width", [5, 16, 20])
+def test_scores_of_embedded_items_start_as_inner_products_and_all_of_them_are_learned(width: int) -> None:
+    chosen = {"items": "embedded", "negatives": "catalogue", "l2_norm": False, "temperature": 1.0}
+    model = model_of("sid_gr_all", width=width, **chosen)
+    head, items = model.draft, torch.arange(1, ITEMS + 1)
+    assert head is not None and head.item_projection is not None
+    head.negatives_n = items
+    states = model.history_states(batch([11, 12, 13, 14]))
+    first = min(width, 16)
+    expected = states.states_SD[:, :first] @ model.item_inputs(items)[:, :first].T
+    torch.testing.assert_close(head(states) @ head.items(model, items).T, expected)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [head.projection.weight.detach().clone(), head.item_projection.weight.detach().clone()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch([11, 12, 13, 14]), 0)[0].backward()
+        optimizer.step()
+    for old, new in zip(before, (head.projection.weight, head.item_projection.weight), strict=True):
+        assert bool((old != new).any(1).all())
+
+
+def test_a_history_of_unknown_items_alone_has_a_small_gradient() -> None:
+    model = model_of("tiger", items="embedded", negatives="catalogue")
+    assert model.draft is not None
+    model.draft.negatives_n = torch.arange(1, ITEMS + 1)
+    model(replace(batch_of([1, 2], [[1, 2, 3], [ITEMS + 7]]), target_ids_B=torch.tensor([4, 5])), 0)[0].backward()
+    assert all(p.grad.norm() < 1e4 for p in model.parameters() if p.grad is not None)
+
+
 def samples_of(kind: str, targets: list[int]) -> list[tuple[list[int], int]]:
     """Each history that a batch teaches a drafter, and the item that followed it."""
     rows = [[*history, target] for history, target in zip(HISTORIES, targets, strict=True)]

@@ -378,7 +378,12 @@ def test_a_recommender_drafts_by_the_texts_of_its_checkpoint(make: Make, drafter
         r"of shape \(7,\) for item": {new: vectors[0, 1:]},
         "whole numbers": {"new": vectors[0]},
         "expected real": {new: vectors[0].to(torch.complex64)},
+        "got str for item": {new: "text"},
+        "got NoneType for item": {new: None},
+        "got one of item 100000000000000000000": {10**20: vectors[0]},
     }
+    with pytest.raises(DataError, match="got list, expected a mapping"):
+        recommender.with_ids(latest, text_vectors=[(new, vectors[0])])
     for told, mapping in mistakes.items():
         with pytest.raises(DataError, match=told):
             recommender.with_ids(latest, text_vectors=mapping)
