@@ -4,7 +4,8 @@ Sources: NVIDIA's SID-GR (flattened codes, BOS before every item that carries lo
 "Actions Speak Louder than Words" (arXiv 2402.17152) for the HSTU backbone with its bias of position and time.
 
     x = Dropout(token[level, code] + level_embedding[level] + item_position[place])        [BOS] s1 .. sL for each item
-        + item[id] at s_L with `item_embeddings`, and times sqrt(D) with `scale_inputs`, both of which are ours
+        + item[id] at s_L with `item_embeddings`, + what the item before has in all at the BOS with `items_at_bos`,
+        and times sqrt(D) with `scale_inputs`, all three of which are ours
     logits of s_{l+1} = head_l(LN(backbone(x)))            at the BOS (l = 0) and at s_l, over the codes of that level
 
 Differences from NVIDIA's: positions and levels are embedded, a level's probabilities are over its own codes with the
@@ -210,12 +211,17 @@ class SIDGR(DraftingModel):
         """Input of every token before dropout, (S, D)."""
         assert self.tokens.bos is not None
         codes_XLD = self.tokens.items(flat.codes_XL)
-        if self.level_embedding is not None:
-            codes_XLD = codes_XLD + self.level_embedding
         if self.item_embedding is not None:
             last_X1D = (codes_XLD[:, -1] + self._of_items(flat.items_X))[:, None]
             codes_XLD = torch.cat([codes_XLD[:, :-1], last_X1D], 1)
-        x_XCD = torch.cat([self.tokens.bos.expand(codes_XLD.shape[0], 1, -1), codes_XLD], 1)
+        bos_XD = self.tokens.bos.expand(codes_XLD.shape[0], -1)
+        if self.config.items_at_bos:
+            # The item before the first of a row is another row's; one that is not the first is of a history.
+            before_XD = codes_XLD.sum(1).roll(1, 0)
+            bos_XD = bos_XD + torch.where((flat.places_X > 0)[:, None], before_XD, 0.0)
+        if self.level_embedding is not None:
+            codes_XLD = codes_XLD + self.level_embedding
+        x_XCD = torch.cat([bos_XD[:, None], codes_XLD], 1)
         if self.position_embedding is not None:
             x_XCD = x_XCD + self.position_embedding[flat.places_X][:, None]
         return self._scaled(x_XCD.flatten(0, 1)[flat.cells_S])

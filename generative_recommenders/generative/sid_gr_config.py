@@ -32,6 +32,9 @@ class SIDGRConfig:
     item_embeddings (ours): the last code of an item in a history has a learned vector of the item added to it, so that
     what is learned of one item need not go through codes that others share. It starts at 0 and stays there for items
     that no training event has; what is generated is made of codes alone either way.
+    items_at_bos (ours): a BOS token has the embeddings of the item before it, codes and vector alike, added to its own.
+    The state that predicts an item then starts from the one before, as a retrieval model's does, instead of having to
+    find it by attention.
     scale_inputs (ours): embeddings of tokens, items, levels and places are multiplied by sqrt(dim), as those of items
     are in the retrieval models, so that a token is not small beside what layers add to it.
 
@@ -51,6 +54,7 @@ class SIDGRConfig:
     level_embeddings: bool = True
     time_bias: bool = True
     item_embeddings: bool = False
+    items_at_bos: bool = False
     scale_inputs: bool = False
     activation_checkpoint: bool = False
     bf16: bool = False
@@ -86,7 +90,8 @@ class SIDGRConfig:
     def describe(self) -> str:
         """For a run's name."""
         heads = "shared" if self.shared_heads else "per-level"
-        inputs = f"{'-items' if self.item_embeddings else ''}{'-scaled' if self.scale_inputs else ''}"
+        switches = {"items": self.item_embeddings, "bos": self.items_at_bos, "scaled": self.scale_inputs}
+        inputs = "".join(f"-{name}" for name, on in switches.items() if on)
         return (
             f"SIDGR-{self.backbone}-d{self.dim}-b{self.num_blocks}-h{self.num_heads}-dr{self.dropout_rate}"
             f"-{self.loss_on}-{heads}{inputs}"

@@ -90,7 +90,11 @@ def explicit(model: SIDGR, history: list[int], times: list[int], query_time: int
         if place >= len(items) - learned:
             if last:
                 marks.append(len(vectors))
-            vectors.append(model.tokens.bos + position)
+            before = 0
+            if config.items_at_bos and place:
+                before = sum(model.tokens.table[sum(model.sizes[:k]) + c] for k, c in enumerate(items[place - 1]))
+                before = before + (0 if model.item_embedding is None else model.item_embedding[history[place - 1]])
+            vectors.append(model.tokens.bos + before + position)
             keys.append(stamp)
             queries.append(stamp)
         for level, code in enumerate(item[: levels - 1] if last else item):
@@ -174,6 +178,8 @@ VARIANTS = [
     pytest.param({"shared_heads": False, "item_positions": False, "level_embeddings": False}, id="bare"),
     pytest.param({"num_heads": 1, "time_bias": False, "item_embeddings": True}, id="no-time-items"),
     pytest.param({"item_embeddings": True, "scale_inputs": True}, id="scaled"),
+    pytest.param({"item_embeddings": True, "items_at_bos": True, "scale_inputs": True}, id="items-at-bos"),
+    pytest.param({"items_at_bos": True, "loss_on": "last"}, id="codes-at-bos"),
 ]
 
 
