@@ -4,8 +4,8 @@ Sources: NVIDIA's SID-GR (flattened codes, BOS before every item that carries lo
 "Actions Speak Louder than Words" (arXiv 2402.17152) for the HSTU backbone with its bias of position and time.
 
     x = Dropout(token[level, code] + level_embedding[level] + item_position[place])        [BOS] s1 .. sL for each item
-        + item[id] at s_L with `item_embeddings`, + what the item before has in all at the BOS with `items_at_bos`,
-        and times sqrt(D) with `scale_inputs`, all three of which are ours
+        + item[id] at s_L with `item_embeddings`, + the same and all of token[level, code] of the item before at the
+        BOS with `items_at_bos`, and times sqrt(D) with `scale_inputs`, all three of which are ours
     logits of s_{l+1} = head_l(LN(backbone(x)))            at the BOS (l = 0) and at s_l, over the codes of that level
 
 Differences from NVIDIA's: positions and levels are embedded, a level's probabilities are over its own codes with the

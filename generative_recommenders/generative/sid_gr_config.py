@@ -32,9 +32,9 @@ class SIDGRConfig:
     item_embeddings (ours): the last code of an item in a history has a learned vector of the item added to it, so that
     what is learned of one item need not go through codes that others share. It starts at 0 and stays there for items
     that no training event has; what is generated is made of codes alone either way.
-    items_at_bos (ours): a BOS token has the embeddings of the item before it, codes and vector alike, added to its own.
-    The state that predicts an item then starts from the one before, as a retrieval model's does, instead of having to
-    find it by attention.
+    items_at_bos (ours): a BOS token has the sum of the code embeddings of the item before it added to its own, and that
+    item's vector where there is one; the oldest item that is read has none before it. The state that predicts an item
+    then starts from the one before, as a retrieval model's does, instead of having to find it by attention.
     scale_inputs (ours): embeddings of tokens, items, levels and places are multiplied by sqrt(dim), as those of items
     are in the retrieval models, so that a token is not small beside what layers add to it.
 

@@ -171,6 +171,12 @@ def candidates(size: int, count: int, sizes: Sequence[int] = SIZES) -> Tensor:
     return torch.stack([torch.randint(n, (size, count), generator=generator) for n in sizes], -1)
 
 
+# Bindings that give items vectors, and where; of tests that any input should pass.
+INPUTS = [
+    pytest.param({}, id="codes"),
+    pytest.param({"item_embeddings": True}, id="items"),
+    pytest.param({"item_embeddings": True, "items_at_bos": True}, id="items-at-bos"),
+]
 VARIANTS = [
     pytest.param({}, id="all"),
     pytest.param({"loss_on": "last", "shared_heads": False}, id="last-per-level"),
@@ -206,8 +212,17 @@ def test_training_loss_is_that_of_every_learned_item_decoded_on_its_own(backbone
         for end in range(len(row)) if model.config.loss_on == "all" else [len(row) - 1]:
             codes = table.codes_of([row[end]])[0].tolist()
             losses.append(-explicit(model, row[:end], times[:end], times[end], codes))
-    loss, scalars = model(batch_of(ROWS), seed=0)
-    torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-5, rtol=0)
+    expected = torch.stack(losses).mean()
+    loss, scalars = model.train()(batch_of(ROWS), seed=0)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for name, found, want in zip(
+        names, gradients, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True
+    ):
+        assert (found is None) == (want is None), name
+        if found is not None:
+            torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert float(scalars["tokens"]) == len(losses) * len(SIZES)
     levels = torch.stack([scalars[f"level_{level + 1}_loss"] for level in range(len(SIZES))])
     torch.testing.assert_close(levels, torch.stack(losses).mean(0), atol=1e-5, rtol=0)
@@ -225,9 +240,10 @@ def test_with_two_learned_items_the_last_has_the_first_in_its_history_with_a_bos
     torch.testing.assert_close(found[counts.cumsum(0) - 1], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_rows_are_the_same_in_any_batch(backbone: str) -> None:
-    model = model_of(backbone)
+def test_rows_are_the_same_in_any_batch(backbone: str, inputs: dict) -> None:
+    model = model_of(backbone, **inputs)
     codes = candidates(len(ROWS), 3)
     together = model.teacher_forced(batch_of(ROWS), codes)
     order = [3, 0, 4, 2, 1]
@@ -313,9 +329,10 @@ def test_learns_a_walk(backbone: str, loss_on: str) -> None:
     assert torch.equal(best, batch.target_ids_B)
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_empty_histories_are_a_bos_alone(backbone: str) -> None:
-    model = model_of(backbone)
+def test_empty_histories_are_a_bos_alone(backbone: str, inputs: dict) -> None:
+    model = model_of(backbone, **inputs)
     batch = batch_of([[4], [5]])
     codes = candidates(1, 5).expand(2, -1, -1)
     found = model.teacher_forced(batch, codes)
@@ -326,8 +343,9 @@ def test_empty_histories_are_a_bos_alone(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("loss_on", ["all", "last"])
-def test_long_histories_keep_their_newest_items(backbone: str, loss_on: str) -> None:
-    model = model_of(backbone, max_items=3, loss_on=loss_on)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_long_histories_keep_their_newest_items(backbone: str, loss_on: str, inputs: dict) -> None:
+    model = model_of(backbone, max_items=3, loss_on=loss_on, **inputs)
     whole = batch_of([[1, 2, 3, 4, 5, 6, 7], [8, 9]])
     times = whole.timestamps_T
     cut = dataclasses.replace(
@@ -344,8 +362,9 @@ def test_long_histories_keep_their_newest_items(backbone: str, loss_on: str) -> 
     torch.testing.assert_close(model(whole, 0)[0], model(cut, 0)[0], atol=0, rtol=0)
 
 
-def test_items_without_an_id_are_left_out_and_counted() -> None:
-    model = model_of()
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_items_without_an_id_are_left_out_and_counted(inputs: dict) -> None:
+    model = model_of(**inputs)
     with_unknown = batch_of([[1, 2, 3, 4], [5, 6]])
     strange = dataclasses.replace(
         with_unknown,
@@ -459,9 +478,10 @@ def test_one_level_needs_no_steps(backbone: str) -> None:
     assert math.isfinite(float(loss.detach()))
 
 
-def test_items_of_histories_have_vectors_and_those_added_since_have_none() -> None:
+@pytest.mark.parametrize("inputs", INPUTS[1:])
+def test_items_of_histories_have_vectors_and_those_added_since_have_none(inputs: dict) -> None:
     table = ids(items=ITEMS - 2)
-    model = model_of(table=table, item_embeddings=True)
+    model = model_of(table=table, **inputs)
     assert model.item_embedding is not None and len(model.item_embedding) == ITEMS - 1
     model(batch_of([[3, 7, 11]]), seed=0)[0].backward()
     # The target's own vector would follow the codes it is learned by.
@@ -475,3 +495,8 @@ def test_items_of_histories_have_vectors_and_those_added_since_have_none() -> No
         torch.testing.assert_close(model.history_states(grown).states_SD, before)
         model.item_embedding[3] += torch.linspace(-5, 5, model.config.dim)
         assert not torch.allclose(model.history_states(grown).states_SD, before, atol=1e-2)
+
+
+def test_every_input_is_in_the_name_of_a_run() -> None:
+    names = {SIDGRConfig(**variant.values[0]).describe() for variant in INPUTS}
+    assert len({*names, SIDGRConfig(scale_inputs=True).describe(), SIDGRConfig(items_at_bos=True).describe()}) == 5
