@@ -144,6 +144,7 @@ def test_two_ranks_equal_one(tmp_path: Path, extra: list[str]) -> None:
             "train_generative.accumulation_steps = 5",
             *(f"sid_gr.{n}" for n in ("num_blocks = 1", "dim = 8", "num_heads = 2", "dropout_rate = 0.2")),
             "sid_gr.item_embeddings = True",
+            "sid_gr.items_at_bos = True",
             *(f"draft_head.{n}" for n in ("width = 8", "items = 'embedded'", "negatives = 'catalogue'")),
             "train_generative.rerank_weight = 0.5",
         ],

@@ -444,7 +444,11 @@ def test_items_added_at_run_time_are_listed_without_training(make: Make, kind: s
     own: tuple[str, ...] = ()
     if kind == "sid-gr-hstu":
         head = ("width = 8", "items = 'embedded'", "negatives = 'catalogue'", "l2_norm = False", "temperature = 1.0")
-        own = ("sid_gr.item_embeddings = True", *(f"draft_head.{binding}" for binding in head))
+        own = (
+            "sid_gr.item_embeddings = True",
+            "sid_gr.items_at_bos = True",
+            *(f"draft_head.{binding}" for binding in head),
+        )
     experiment = make(*WIDE, *own, kind=kind)
     _, run = experiment.train()
     recommender = recommender_of(find_checkpoint(run))
